@@ -1,0 +1,8 @@
+"""What belongs to the request in hand, wherever its code runs. The edge sets it; logs and error frames read it."""
+
+from __future__ import annotations
+
+from contextvars import ContextVar
+
+# "-" outside of any request: an error body must carry something.
+correlation_id: ContextVar[str] = ContextVar("correlation_id", default="-")

@@ -1,0 +1,119 @@
+"""The guardrails before the queue (HP-ADM-7): what a request may ask of a pool. Plain functions that raise refusals."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from msgspec import UNSET
+
+from llama_orch.contract.models import TaskRequest
+from llama_orch.core.pool import Pool, PoolSpec
+from llama_orch.errors import InvalidParams, NotFound, PoolUnready
+
+# A token covers at least one byte of text; this many more may be put around it (start of text, a leading space).
+EXTRA_TOKENS = 8
+
+
+def matching_pools(pools: Sequence[Pool], request: TaskRequest) -> list[Pool]:
+    """Pools that can do what the request asks, in the configuration's order; a refusal when there is none."""
+    found = [pool for pool in pools if pool.serves(request.model_ref)]
+    if not found:
+        served = ", ".join(sorted({pool.spec.model for pool in pools}))
+        raise NotFound(f"no pool serves model {request.model_ref!r}; name one of: {served}")
+    if request.engine is not None:
+        engines = sorted({pool.spec.engine for pool in found})
+        found = [pool for pool in found if pool.spec.engine == request.engine]
+        if not found:
+            raise InvalidParams(
+                f"engine {request.engine!r} does not serve {request.model_ref!r}; leave `engine` out or name one of: "
+                + ", ".join(engines)
+            )
+    able = [pool for pool in found if incapacity(pool.spec, request) is None]
+    if not able:
+        spec = found[0].spec
+        raise InvalidParams(str(incapacity(spec, request)), engine=spec.engine)
+    return able
+
+
+def incapacity(spec: PoolSpec, request: TaskRequest) -> str | None:
+    """What the pool's engine cannot do of the request, as a sentence."""
+    if request.workload.value not in spec.workloads:
+        return (
+            f"pool {spec.pool_id} cannot do workload {request.workload.value!r}; it does: {', '.join(spec.workloads)}"
+        )
+    for field, feature, is_asked in (
+        ("messages", "chat", request.messages is not None),
+        (
+            "sampling.json_schema",
+            "json_schema",
+            request.sampling is not UNSET and request.sampling.json_schema is not None,
+        ),
+        ("sampling.grammar", "grammar", request.sampling is not UNSET and request.sampling.grammar is not None),
+    ):
+        if is_asked and feature not in spec.features:
+            return f"pool {spec.pool_id} ({spec.engine}) does not offer `{field}`; leave it out"
+    return None
+
+
+def check_request(request: TaskRequest, spec: PoolSpec, sampler_profiles: Iterable[str]) -> None:
+    """Everything that can be judged without counting tokens."""
+    given = [name for name in ("prompt", "inputs", "messages") if getattr(request, name) is not None]
+    if len(given) != 1:
+        raise InvalidParams(
+            f"give exactly one of `prompt`, `inputs` and `messages`; given: {', '.join(given) or 'none'}"
+        )
+    if request.keep_transcript:
+        raise InvalidParams("this service keeps no transcripts; leave `keep_transcript` out")
+    if request.ctx is not None and request.ctx > spec.ctx:
+        raise InvalidParams(
+            f"`ctx` is {request.ctx} tokens, but pool {spec.pool_id} has {spec.ctx}; ask for at most {spec.ctx}",
+            engine=spec.engine,
+            details={"ctx": request.ctx, "pool_ctx": spec.ctx},
+        )
+    known = sorted(sampler_profiles)
+    version = request.sampler_profile_version
+    if version is not None and version not in known:
+        raise InvalidParams(f"unknown `sampler_profile_version` {version!r}; known: {', '.join(known)}")
+
+
+def token_bound(text: str) -> int:
+    """The most tokens that any tokenizer can make of the text."""
+    return len(text.encode()) + EXTRA_TOKENS
+
+
+def check_lengths(request: TaskRequest, spec: PoolSpec, prompt_tokens: Sequence[int]) -> int:
+    """The task's max_tokens, per prompt; a refusal when a prompt and its answer do not fit the context."""
+    longest = max(prompt_tokens)
+    if longest >= spec.ctx:
+        raise InvalidParams(
+            f"the prompt has {longest} tokens, but pool {spec.pool_id} has a context of {spec.ctx}; shorten the prompt",
+            engine=spec.engine,
+            details={"prompt_tokens": longest, "pool_ctx": spec.ctx},
+        )
+    room = spec.ctx - longest
+    if request.max_tokens is None:
+        return min(spec.max_tokens, room)
+    if request.max_tokens > room:
+        raise InvalidParams(
+            f"the prompt's {longest} tokens and `max_tokens` {request.max_tokens} exceed the context of {spec.ctx}; "
+            f"ask for at most {room}",
+            engine=spec.engine,
+            details={"prompt_tokens": longest, "max_tokens": request.max_tokens, "pool_ctx": spec.ctx},
+        )
+    return request.max_tokens
+
+
+def check_bounds(request: TaskRequest, spec: PoolSpec, token_bounds: Sequence[int]) -> int:
+    """The same while nobody can count: admitted is only what fits for certain, the whole answer included (HP-ADM-7).
+
+    An answer is not cut to what the bound leaves, or its length would depend on when the model had loaded.
+    """
+    max_tokens = spec.max_tokens if request.max_tokens is None else request.max_tokens
+    if max(token_bounds) + max_tokens > spec.ctx:
+        raise PoolUnready(
+            f"no replica of pool {spec.pool_id} is ready to count the prompt's tokens, and the task may not fit its "
+            f"context of {spec.ctx}; repeat once the pool is ready, or ask for fewer `max_tokens`",
+            engine=spec.engine,
+            retry_after_ms=1000,
+        )
+    return max_tokens

@@ -1,0 +1,85 @@
+"""A task and its life. The life is the table below; a step that the table lacks is a defect, not a case to handle."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from llama_orch.contract.models import Determinism, FinishReason, Priority, TaskRequest, TaskState
+from llama_orch.errors import LlorchError
+
+
+class TaskEvent(StrEnum):
+    """What can happen to a task."""
+
+    START = "start"  # it got a slot
+    FINISH = "finish"  # the engine ended it
+    FAIL = "fail"  # dropped, too late, or its replica was lost
+    CANCEL = "cancel"
+
+
+TRANSITIONS: dict[tuple[TaskState, TaskEvent], TaskState] = {
+    (TaskState.QUEUED, TaskEvent.START): TaskState.RUNNING,
+    (TaskState.QUEUED, TaskEvent.FAIL): TaskState.FAILED,
+    (TaskState.QUEUED, TaskEvent.CANCEL): TaskState.CANCELED,
+    (TaskState.RUNNING, TaskEvent.FINISH): TaskState.SUCCEEDED,
+    (TaskState.RUNNING, TaskEvent.FAIL): TaskState.FAILED,
+    (TaskState.RUNNING, TaskEvent.CANCEL): TaskState.CANCELED,
+}
+
+ENDED = frozenset({TaskState.SUCCEEDED, TaskState.FAILED, TaskState.CANCELED})
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """A task's hold on slots of one replica. `slots` has one element, or all of the replica's when exclusive."""
+
+    replica_id: str
+    slots: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What the engine reported of a task that ran to its end."""
+
+    tokens_in: int
+    tokens_out: int
+    decode_ms: int
+    finish_reason: FinishReason
+    is_kv_warm: bool
+
+
+@dataclass(slots=True, eq=False)
+class Task:
+    """One admitted unit of work. Times are seconds of the scheduler's clock."""
+
+    request: TaskRequest
+    task_id: str
+    number: int  # counts admissions; orders lists and ties
+    pool_id: str
+    seed: int
+    max_tokens: int
+    correlation_id: str
+    created_s: float
+    deadline_s: float | None
+    tokens_in: int | None  # None until the engine has counted (admitted while the model was loading)
+    state: TaskState = TaskState.QUEUED
+    lease: Lease | None = None  # outlives the state: held until the engine has let go of the slot
+    replica_id: str | None = None
+    placement: str | None = None
+    started_s: float | None = None
+    ended_s: float | None = None
+    tokens_out: int = 0
+    outcome: Outcome | None = None
+    error: LlorchError | None = None
+
+    @property
+    def is_strict(self) -> bool:
+        return self.request.determinism is Determinism.STRICT
+
+    @property
+    def priority(self) -> Priority:
+        return self.request.priority
+
+    def step(self, event: TaskEvent) -> None:
+        self.state = TRANSITIONS[self.state, event]
