@@ -91,7 +91,10 @@ class Emitter:
             return "Uuid"
         if schema.get("format") not in (None, "date-time"):
             raise ContractError(f"{name}: string format {schema['format']}")
-        return annotated("str", {v: schema[k] for k, v in STRING_META.items() if k in schema})
+        meta = {v: schema[k] for k, v in STRING_META.items() if k in schema}
+        if meta.get("pattern", "").endswith("$"):  # in Python, but not in JSON Schema, `$` lets a last newline pass
+            meta["pattern"] += r"(?!\n)"
+        return annotated("str", meta)
 
     def _number(self, schema: Node, used: set[str]) -> str:
         used |= {"format", *NUMBER_META}

@@ -23,7 +23,7 @@ class ServerSettings(Struct, kw_only=True, frozen=True, forbid_unknown_fields=Tr
 class DeviceSettings(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
     """One device."""
 
-    id: Annotated[str, Meta(pattern='^[A-Za-z0-9._-]{1,64}$')]
+    id: Annotated[str, Meta(pattern='^[A-Za-z0-9._-]{1,64}$(?!\\n)')]
     uuid: str | None = None  # The driver's UUID, `GPU-…`; needed for cuda.
     name: str | None = None
     vram_bytes: Annotated[int, Meta(ge=1, le=9223372036854775807)] | None = None  # Needed for simulated; else what the driver says.
@@ -59,7 +59,7 @@ class QueueSettings(Struct, kw_only=True, frozen=True, forbid_unknown_fields=Tru
 class PoolSettings(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
     """Replicas of one model on one engine, behind one queue."""
 
-    id: Annotated[str, Meta(pattern='^[A-Za-z0-9._-]{1,64}$')] = 'default'
+    id: Annotated[str, Meta(pattern='^[A-Za-z0-9._-]{1,64}$(?!\\n)')] = 'default'
     engine: Annotated[str, Meta(min_length=1, max_length=64)] = 'llamacpp'
     model: Annotated[str, Meta(min_length=1, max_length=1024)] = 'builtin:tiny'  # `builtin:tiny`, or `file:` and the path of a GGUF file.
     devices: Literal['auto'] | Annotated[list[Annotated[str, Meta(min_length=1)]], Meta(min_length=1)] = 'auto'  # `auto`, or the ids of the devices that the pool may use, one replica on each.
