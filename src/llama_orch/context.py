@@ -6,3 +6,6 @@ from contextvars import ContextVar
 
 # "-" outside of any request: an error body must carry something.
 correlation_id: ContextVar[str] = ContextVar("correlation_id", default="-")
+
+# Whose token the request carried, as logs say it: never the token itself (HP-SEC-7). Empty before it was checked.
+identity: ContextVar[str] = ContextVar("identity", default="")

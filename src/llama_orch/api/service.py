@@ -1,0 +1,55 @@
+"""What the edge needs from the service underneath. Every method refuses by raising a LlorchError."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from llama_orch.contract.models import (
+    AdmissionResponse,
+    Capabilities,
+    Pool,
+    PoolHealth,
+    PoolList,
+    TaskList,
+    TaskRequest,
+    TaskState,
+    TaskStatus,
+)
+
+
+class Reader(Protocol):
+    """One reader of one task's frames. `close` may be called at any time, also while `batch` waits, and more than
+    once."""
+
+    async def batch(self) -> bytes | None:
+        """Encoded SSE frames that are ready, at least one; None after the last one."""
+
+    def close(self) -> None: ...
+
+
+class Service(Protocol):
+    """Task IDs and session IDs come in lower case from paths and queries, as sent from bodies."""
+
+    async def submit(self, request: TaskRequest) -> AdmissionResponse: ...
+
+    def get_task(self, task_id: str) -> TaskStatus: ...
+
+    def list_tasks(
+        self, *, state: TaskState | None, session_id: str | None, limit: int, cursor: str | None
+    ) -> TaskList: ...
+
+    async def cancel(self, task_id: str) -> None: ...
+
+    def open_stream(self, task_id: str, after: int) -> Reader:
+        """A reader of the frames behind number `after`; -1 reads all."""
+
+    def list_pools(self, *, limit: int, cursor: str | None) -> PoolList: ...
+
+    def get_pool(self, pool_id: str) -> Pool: ...
+
+    def get_pool_health(self, pool_id: str) -> PoolHealth: ...
+
+    def capabilities(self) -> Capabilities: ...
+
+    def metrics_text(self) -> bytes:
+        """Prometheus text format 0.0.4."""

@@ -1,0 +1,178 @@
+"""A service in memory, with behaviour: it admits, lists, cancels and streams, and misbehaves where a name asks for
+it."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import uuid
+
+from llama_orch.contract.models import (
+    AdmissionResponse,
+    Capabilities,
+    Concurrency,
+    FullPolicy,
+    Pool,
+    PoolHealth,
+    PoolList,
+    PoolMetrics,
+    Priority,
+    Queue,
+    QueueDepth,
+    RateLimits,
+    TaskList,
+    TaskRequest,
+    TaskState,
+    TaskStatus,
+)
+from llama_orch.contract.operations import API_VERSION
+from llama_orch.errors import AdmissionReject, NotFound, ReplicaExhausted
+
+SECRET = "hunter2-in-an-exception"
+
+# What a model_ref or an ID makes the service do.
+FULL_QUEUE = "builtin:full-queue"
+CRASHING_MODEL = "builtin:crashing"
+ENDING_TASK = "00000000-0000-4000-8000-00000000e4d0"
+ENDLESS_TASK = "00000000-0000-4000-8000-0000000000aa"
+BREAKING_TASK = "00000000-0000-4000-8000-0000000000bb"
+CROWDED_TASK = "00000000-0000-4000-8000-0000000000cc"
+MISSHAPEN_POOL = "misshapen"
+
+FRAMES = [b'id: %d\nevent: token\ndata: {"t":"a","i":%d}\n\n' % (i, i) for i in range(3)]
+
+
+class FakeReader:
+    """Gives `frames` one by one; then ends, waits for `close`, or breaks."""
+
+    def __init__(self, frames: list[bytes], *, then: str = "end") -> None:
+        self.frames, self.then = list(frames), then
+        self.closed = threading.Event()
+        self._forever = asyncio.Event()
+
+    async def batch(self) -> bytes | None:
+        if self.frames:
+            return self.frames.pop(0)
+        if self.then == "break":
+            raise RuntimeError(SECRET)
+        if self.then == "wait":
+            await self._forever.wait()
+        return None
+
+    def close(self) -> None:
+        self.closed.set()
+
+
+class FakeService:
+    def __init__(self) -> None:
+        self.requests: dict[str, TaskRequest] = {}
+        self.readers: dict[str, FakeReader] = {}
+        self.canceled: list[str] = []
+        self.listed: list[dict[str, object]] = []
+
+    async def submit(self, request: TaskRequest) -> AdmissionResponse:
+        if request.model_ref == FULL_QUEUE:
+            raise AdmissionReject("the queue is full", engine="llamacpp", retry_after_ms=1200, policy_label="reject")
+        if request.model_ref == CRASHING_MODEL:
+            raise RuntimeError(SECRET)
+        task_id = request.task_id or str(uuid.uuid4())
+        self.requests[task_id] = request
+        return AdmissionResponse(
+            task_id=task_id, queue_position=0, predicted_start_ms=None, backoff_ms=0, pool_id="default", seed=7
+        )
+
+    def get_task(self, task_id: str) -> TaskStatus:
+        if task_id not in self.requests and task_id != ENDING_TASK:
+            raise NotFound("no such task")
+        return a_task_status(task_id)
+
+    def list_tasks(
+        self, *, state: TaskState | None, session_id: str | None, limit: int, cursor: str | None
+    ) -> TaskList:
+        self.listed.append({"state": state, "session_id": session_id, "limit": limit, "cursor": cursor})
+        return TaskList(items=[a_task_status(task_id) for task_id in self.requests][:limit], next_cursor=None)
+
+    async def cancel(self, task_id: str) -> None:
+        self.canceled.append(task_id)
+
+    def open_stream(self, task_id: str, after: int) -> FakeReader:
+        endings = {ENDING_TASK: "end", ENDLESS_TASK: "wait", BREAKING_TASK: "break"}
+        if task_id == CROWDED_TASK:
+            raise ReplicaExhausted("too many streams are open", retry_after_ms=500)
+        if task_id not in endings:
+            raise NotFound("no such task")
+        self.readers[task_id] = FakeReader(FRAMES[after + 1 :], then=endings[task_id])
+        return self.readers[task_id]
+
+    def list_pools(self, *, limit: int, cursor: str | None) -> PoolList:
+        return PoolList(items=[self.get_pool("default")][:limit], next_cursor=None)
+
+    def get_pool(self, pool_id: str) -> Pool:
+        if pool_id not in ("default", MISSHAPEN_POOL):
+            raise NotFound("no such pool")
+        return Pool(
+            id=pool_id,
+            engine="llamacpp",
+            engine_version="1",
+            model="builtin:tiny",
+            model_digest=None,
+            ctx=0 if pool_id == MISSHAPEN_POOL else 2048,
+            slots=4,
+            slots_total=4,
+            max_tokens=256,
+            sampler_profile_version="v1",
+            queue=Queue(capacity=64, full_policy=FullPolicy.REJECT),
+            queue_depth=QueueDepth(interactive=0, batch=0),
+            ready=True,
+        )
+
+    def get_pool_health(self, pool_id: str) -> PoolHealth:
+        self.get_pool(pool_id)
+        return PoolHealth(
+            live=True,
+            ready=True,
+            draining=False,
+            last_error=None,
+            last_reload=None,
+            replicas=[],
+            metrics=PoolMetrics(queue_depth=0, tokens_in=0, tokens_out=0, tokens_per_second=None),
+        )
+
+    def capabilities(self) -> Capabilities:
+        return Capabilities(
+            api_version=API_VERSION,
+            engines=[],
+            pools=[],
+            devices=[],
+            concurrency=Concurrency(recommended=1, slots=4),
+            queue=Queue(capacity=64, full_policy=FullPolicy.REJECT),
+            rate_limits=RateLimits(requests_per_second=None, streams=1024, body_bytes=65536),
+            sampler_profiles=[],
+            features=[],
+        )
+
+    def metrics_text(self) -> bytes:
+        return b"# HELP queue_depth Tasks that wait.\n# TYPE queue_depth gauge\n"
+
+
+def a_task_status(task_id: str) -> TaskStatus:
+    return TaskStatus(
+        task_id=task_id,
+        session_id=None,
+        state=TaskState.QUEUED,
+        priority=Priority.INTERACTIVE,
+        engine="llamacpp",
+        pool_id="default",
+        replica_id=None,
+        queue_position=0,
+        predicted_start_ms=None,
+        created_at="2026-01-01T12:00:00.000Z",
+        started_at=None,
+        ended_at=None,
+        tokens_in=0,
+        tokens_out=0,
+        seed=7,
+        placement=None,
+        error=None,
+        text=None,
+    )

@@ -1,0 +1,275 @@
+"""What a hostile or clumsy client can send, over a real socket: the status, the envelope and the correlation ID each
+time."""
+
+from __future__ import annotations
+
+import json
+import uuid
+from typing import Any, NamedTuple
+
+import msgspec
+import pytest
+
+from llama_orch.api.auth import identity
+from llama_orch.api.validation import read_body
+from llama_orch.contract.codes import CODES
+from llama_orch.contract.models import Error
+from llama_orch.errors import InvalidParams
+from llama_orch.testing.loop import run
+
+from .harness import BEARER, MAX_BODY_BYTES, Answer, HeaderList, Server
+from .service_fake import CRASHING_MODEL, ENDING_TASK, FULL_QUEUE, MISSHAPEN_POOL, SECRET
+
+TASK = {"model_ref": "builtin:tiny", "prompt": "Once"}
+CID = "test-of-bad-input"
+
+
+def body_of(**changes: Any) -> bytes:
+    return json.dumps({**TASK, **changes}).encode()
+
+
+def chunked(*parts: bytes) -> bytes:
+    return b"".join(b"%x\r\n%b\r\n" % (len(part), part) for part in (*parts, b""))
+
+
+class Case(NamedTuple):
+    """One request and the status and code that it must get; no code for success."""
+
+    name: str
+    http_status: int
+    code: str | None
+    method: str = "POST"
+    target: str = "/v1/tasks"
+    headers: tuple[tuple[str, bytes], ...] = ()
+    body: bytes | None = None
+    says: str = ""
+
+
+CHUNKED = (("Content-Length", b""), ("Transfer-Encoding", b"chunked"))
+BIG = b" " * MAX_BODY_BYTES
+GET = ("GET", "/v1/capabilities")
+
+CASES = [
+    Case("no token", 401, "UNAUTHORIZED", headers=(("Authorization", b""),), body=body_of(), says="Bearer"),
+    Case("bad token", 401, "UNAUTHORIZED", headers=(("Authorization", b"Bearer x"),), body=body_of(), says="wrong"),
+    Case("basic auth", 401, "UNAUTHORIZED", headers=(("Authorization", b"Basic eDp5"),), body=body_of()),
+    Case("garbled auth", 401, "UNAUTHORIZED", headers=(("Authorization", b"Bearer"),), body=body_of()),
+    Case("byte 255 in token", 401, "UNAUTHORIZED", headers=(("Authorization", b"Bearer \xff\xfe"),), body=body_of()),
+    Case("token in query", 401, "UNAUTHORIZED", "GET", "/v1/pools?access_token=x", (("Authorization", b""),)),
+    Case("unknown path", 404, "NOT_FOUND", "GET", "/v1/replicasets", says="/ui/"),
+    Case("root", 404, "NOT_FOUND", "GET", "/"),
+    Case("slash at the end", 404, "NOT_FOUND", "GET", "/v1/tasks/"),
+    Case("unknown method", 405, "METHOD_NOT_ALLOWED", "DELETE"),
+    Case("options", 405, "METHOD_NOT_ALLOWED", "OPTIONS"),
+    Case("text/plain", 415, "UNSUPPORTED_MEDIA_TYPE", headers=(("Content-Type", b"text/plain"),), body=body_of()),
+    Case("type foo", 415, "UNSUPPORTED_MEDIA_TYPE", headers=(("Content-Type", b"foo"),), body=body_of()),
+    Case("no content type", 202, None, headers=(("Content-Type", b""),), body=body_of()),
+    Case("bogus charset", 202, None, headers=(("Content-Type", b"application/json; charset=bogus"),), body=body_of()),
+    Case("malformed JSON", 400, "INVALID_PARAMS", body=b'{"model_ref":', says="body: "),
+    Case("empty body", 400, "INVALID_PARAMS", body=b"", says="JSON object"),
+    Case("null body", 400, "INVALID_PARAMS", body=b"null", says="Expected `object`"),
+    Case("chunked body", 202, None, headers=CHUNKED, body=chunked(body_of()[:5], body_of()[5:])),
+    Case("body too long", 413, "PAYLOAD_TOO_LARGE", body=body_of() + BIG, says="max_body_bytes"),
+    Case("chunks too long", 413, "PAYLOAD_TOO_LARGE", headers=CHUNKED, body=chunked(body_of(), BIG)),
+    Case("invalid UTF-8", 400, "INVALID_PARAMS", body=b'{"model_ref":"\xff"}', says="UTF-8"),
+    Case("nested arrays", 400, "INVALID_PARAMS", body=b"[" * 30000),
+    Case("nested in a schema", 400, "INVALID_PARAMS", body=b'{"sampling":{"json_schema":{"a":' + b"[" * 30000),
+    Case("5000 digits", 400, "INVALID_PARAMS", body=b'{"model_ref":"m","seed":' + b"9" * 5000 + b"}"),
+    Case("seed of 2^63", 400, "INVALID_PARAMS", body=body_of(seed=2**63), says="`$.seed`"),
+    Case("lone surrogate", 400, "INVALID_PARAMS", body=b'{"model_ref":"\\ud800"}'),
+    Case("NUL in a string", 202, None, body=body_of(prompt="a\0b")),
+    Case("NaN", 400, "INVALID_PARAMS", body=b'{"model_ref":"m","sampling":{"temperature":NaN}}'),
+    Case("float for an integer", 400, "INVALID_PARAMS", body=body_of(max_tokens=1.5), says="`$.max_tokens`"),
+    Case("true for an integer", 400, "INVALID_PARAMS", body=body_of(max_tokens=True), says="`$.max_tokens`"),
+    Case("string for an integer", 400, "INVALID_PARAMS", body=body_of(max_tokens="5"), says="`$.max_tokens`"),
+    Case("bad UUID in body", 400, "INVALID_PARAMS", body=body_of(task_id="x"), says="must be a UUID - at `$.task_id`"),
+    Case("UUID with a newline", 400, "INVALID_PARAMS", body=body_of(task_id=ENDING_TASK + "\n"), says="UUID"),
+    Case("bad UUID in path", 400, "INVALID_PARAMS", "GET", "/v1/tasks/x", says="path parameter `id`: must be a UUID"),
+    Case("bad UUID in query", 400, "INVALID_PARAMS", "GET", "/v1/tasks?session_id=x", says="must be a UUID"),
+    Case("unknown query", 400, "INVALID_PARAMS", "GET", "/v1/tasks?stat=queued", says="did you mean `state`?"),
+    Case("query that none knows", 400, "INVALID_PARAMS", "GET", "/v1/capabilities?x=1", says="known: none"),
+    Case("query twice", 400, "INVALID_PARAMS", "GET", "/v1/tasks?limit=1&limit=2", says="`limit`: give it once"),
+    Case("query without value", 400, "INVALID_PARAMS", "GET", "/v1/tasks?limit=", says="`limit`"),
+    Case("limit too high", 400, "INVALID_PARAMS", "GET", "/v1/tasks?limit=201", says="<= 200"),
+    Case("bad state", 400, "INVALID_PARAMS", "GET", "/v1/tasks?state=done", says="one of queued, running, succeeded"),
+    Case("unknown field", 400, "INVALID_PARAMS", body=body_of(promt="x"), says="did you mean `prompt`?"),
+    Case("field far from any", 400, "INVALID_PARAMS", body=body_of(zzz=1), says="known: ctx, deadline_ms"),
+    Case("unknown deep field", 400, "INVALID_PARAMS", body=body_of(sampling={"temprature": 1}), says="`temperature`?"),
+    Case(
+        "unknown field in a list",
+        400,
+        "INVALID_PARAMS",
+        body=body_of(messages=[{"role": "user", "content": "", "contnt": ""}]),
+        says="`content`? - at `$.messages[0]`",
+    ),
+    Case("bad enum value", 400, "INVALID_PARAMS", body=body_of(priority="high"), says="one of interactive, batch"),
+    Case("missing field", 400, "INVALID_PARAMS", body=b"{}", says="`model_ref`"),
+    Case("header of 200 kB", 431, "PAYLOAD_TOO_LARGE", *GET, headers=(("X-Big", b"x" * 200_000),)),
+    Case("headers of 40 kB", 431, "PAYLOAD_TOO_LARGE", *GET, headers=tuple((f"X-{i}", b"x" * 4000) for i in range(10))),
+    Case("handler raises", 500, "INTERNAL", body=body_of(model_ref=CRASHING_MODEL), says="correlation ID"),
+    Case("service refuses", 429, "ADMISSION_REJECT", body=body_of(model_ref=FULL_QUEUE)),
+    Case("multipart GET", 200, None, *GET, headers=(("Content-Type", b"multipart/form-data"),)),
+    Case("body on GET", 200, None, *GET, body=b"{"),
+    Case("no such pool", 404, "NOT_FOUND", "GET", "/v1/pools/%ff%00"),
+    Case("two hosts", 400, "INVALID_PARAMS", *GET, headers=(("Host", b"localhost"), ("Host", b"evil.example"))),
+    Case("no host", 400, "INVALID_PARAMS", *GET, headers=(("Host", b""),)),
+    Case(
+        "bad Last-Event-ID",
+        400,
+        "INVALID_PARAMS",
+        "GET",
+        f"/v1/tasks/{ENDING_TASK}/stream",
+        (("Last-Event-ID", b"-1"),),
+    ),
+    Case(
+        "huge Last-Event-ID",
+        400,
+        "INVALID_PARAMS",
+        "GET",
+        f"/v1/tasks/{ENDING_TASK}/stream",
+        (("Last-Event-ID", b"9" * 40),),
+    ),
+]
+
+
+def assert_envelope(answer: Answer, code: str, correlation_id: str | None = None) -> Error:
+    """The body is the contract's error, whole and alone, and agrees with the headers."""
+    error = msgspec.json.decode(answer.body, type=Error)
+    assert error.code == code
+    assert error.correlation_id == answer.correlation_id
+    assert correlation_id in (None, answer.correlation_id)
+    assert error.retriable == CODES[error.code].is_retryable
+    assert answer.headers["Content-Type"] == "application/json"
+    assert "Access-Control-Allow-Origin" not in answer.headers
+    return error
+
+
+@pytest.mark.spec("HP-SEC-2", "HP-ERR-1", "HP-ERR-4")
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name.replace(" ", "-"))
+def test_bad_input_gets_its_status_the_envelope_and_the_correlation_id(server: Server, case: Case) -> None:
+    """Whatever comes in, the answer has the right status, our envelope and the client's correlation ID."""
+    headers: HeaderList = [*case.headers, ("X-Correlation-Id", CID.encode())]
+    answer = server.call(case.method, case.target, headers, case.body)
+    assert answer.http_status == case.http_status
+    assert answer.correlation_id == CID
+    if case.code:
+        error = assert_envelope(answer, case.code, CID)
+        assert case.says in error.message
+
+
+@pytest.mark.spec("HP-ERR-1")
+def test_headers_that_go_with_a_refusal(server: Server) -> None:
+    """401 names the scheme, 429 the wait, 413 and 431 the end of the connection."""
+    unauthorized = server.call("GET", "/v1/pools", [("Authorization", b"")])
+    assert unauthorized.headers["WWW-Authenticate"] == "Bearer"
+    refused = server.call("POST", "/v1/tasks", body=body_of(model_ref=FULL_QUEUE))
+    assert (refused.headers["Retry-After"], refused.headers["X-Backoff-Ms"]) == ("2", "1200")
+    assert refused.json["policy_label"] == "reject"
+    assert refused.json["engine"] == "llamacpp"
+    keep_alive = [("Connection", b"")]
+    too_long = server.call("POST", "/v1/tasks", keep_alive, body_of() + BIG)
+    assert too_long.headers["Connection"] == "close"
+    too_wide = server.call("GET", "/v1/pools", [*keep_alive, ("X-Big", b"x" * 40_000)])
+    assert too_wide.headers["Connection"] == "close"
+
+
+@pytest.mark.spec("HP-SEC-7")
+def test_an_unforeseen_exception_says_nothing_to_the_client(server: Server, caplog: pytest.LogCaptureFixture) -> None:
+    """The text of an unexpected exception is in the log, with the correlation ID, and not in the answer."""
+    answer = server.call("POST", "/v1/tasks", [("X-Correlation-Id", b"find-me")], body_of(model_ref=CRASHING_MODEL))
+    assert SECRET.encode() not in answer.body
+    (record,) = [record for record in caplog.records if "find-me" in record.getMessage()]
+    assert record.exc_info
+    assert SECRET in str(record.exc_info[1])
+
+
+def test_a_response_that_the_contract_does_not_allow_is_a_500_in_tests(checking_server: Server) -> None:
+    """With response validation on, a wrong body does not get out."""
+    answer = checking_server.call("GET", f"/v1/pools/{MISSHAPEN_POOL}")
+    assert answer.http_status == 500
+    assert_envelope(answer, "INTERNAL")
+
+
+@pytest.mark.parametrize("hostile", [b"\xff", b"x" * 10_000, b"x" * 129, b"a b", b"a\tb", "ü".encode()], ids=range(6))
+@pytest.mark.spec("HP-SEC-2")
+def test_a_hostile_correlation_id_is_replaced(server: Server, hostile: bytes) -> None:
+    """Anything but 1 to 128 visible ASCII characters becomes a new UUIDv4, on success and on failure."""
+    for target, http_status in (("/v1/pools", 200), ("/v1/nothing", 404)):
+        answer = server.call("GET", target, [("X-Correlation-Id", hostile)])
+        assert answer.http_status == http_status
+        assert uuid.UUID(answer.correlation_id).version == 4
+
+
+@pytest.mark.spec("HP-SEC-2", "HP-ERR-1")
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"hello\r\n\r\n",
+        b"GET /\xff HTTP/1.1\r\nHost: localhost\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: localhost\r\nX-Correlation-Id: \x7f\r\n\r\n",
+        b"POST /v1/tasks HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\n",
+        b"POST /v1/tasks HTTP/1.1\r\nHost: localhost\r\nContent-Length: 2\r\nTransfer-Encoding: chunked\r\n\r\n",
+        b"POST /v1/tasks HTTP/1.1\r\nHost: localhost\r\nContent-Length: -1\r\n\r\n",
+    ],
+    ids=["no HTTP", "byte 255 in the path", "control byte", "two lengths", "length and chunks", "negative length"],
+)
+def test_what_is_not_http_is_refused_in_our_words(server: Server, data: bytes) -> None:
+    """A request that the parser refuses gets the envelope, a correlation ID and the end of the connection."""
+    answer = server.exchange(data)
+    assert (answer.http_status, answer.headers["Connection"]) == (400, "close")
+    assert_envelope(answer, "INVALID_PARAMS")
+    assert uuid.UUID(answer.correlation_id).version == 4
+
+
+@pytest.mark.spec("HP-SEC-2")
+def test_correlation_ids_that_are_kept_or_made(server: Server) -> None:
+    """128 visible characters are kept as they are; of two the first counts; without one each request gets its own."""
+    longest = "!~" * 64
+    assert server.call("GET", "/v1/pools", [("X-Correlation-Id", longest.encode())]).correlation_id == longest
+    twice = [("X-Correlation-Id", b"first"), ("X-Correlation-Id", b"second")]
+    assert server.call("GET", "/v1/pools", twice).correlation_id == "first"
+    made = {server.call("GET", "/v1/pools").correlation_id for _ in range(3)}
+    assert len(made) == 3
+
+
+@pytest.mark.spec("HP-SEC-3")
+def test_the_token_is_compared_as_bytes(server: Server) -> None:
+    """A token with non-ASCII letters works, and no prefix, other case or Latin-1 spelling of it does."""
+    assert server.call("GET", "/v1/pools", [("Authorization", BEARER)]).http_status == 200
+    wrong = [BEARER[:-1], BEARER + b"x", BEARER.upper(), BEARER.decode().encode("latin-1")]
+    for value in wrong:
+        assert server.call("GET", "/v1/pools", [("Authorization", value)]).http_status == 401
+
+
+@pytest.mark.spec("HP-SEC-7")
+def test_logs_name_a_token_by_its_digest() -> None:
+    """The identity in logs is the first six hex digits of the token's SHA-256."""
+    assert identity("abc") == "token:ba7816"
+
+
+def test_a_body_that_breaks_off_is_not_taken() -> None:
+    """What came before the connection broke may by chance be whole JSON; it is not run."""
+    messages: list[dict[str, Any]] = [
+        {"type": "http.request", "body": body_of(), "more_body": True},
+        {"type": "http.disconnect"},
+    ]
+
+    async def receive() -> dict[str, Any]:
+        return messages.pop(0)
+
+    with pytest.raises(InvalidParams, match="before the body was complete"):
+        run(read_body(receive))
+
+
+def test_of_equal_keys_the_last_counts(server: Server) -> None:
+    """Duplicate JSON keys are taken as most parsers take them: the last one wins."""
+    task_id = str(uuid.uuid4())
+    body = b'{"model_ref":"first","task_id":"%b","model_ref":"last"}' % task_id.encode()
+    assert server.call("POST", "/v1/tasks", body=body).http_status == 202
+    assert server.service.requests[task_id].model_ref == "last"
+
+
+def test_http_1_0_without_host_is_served(server: Server) -> None:
+    """Only HTTP/1.1 demands a Host header, and a browser always sends one."""
+    answer = server.exchange(b"GET /healthz HTTP/1.0\r\n\r\n")
+    assert (answer.http_status, answer.json) == (200, {"status": "ok"})

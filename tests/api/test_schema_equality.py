@@ -1,0 +1,156 @@
+"""The types that check requests accept exactly what the published schema accepts."""
+
+from __future__ import annotations
+
+import copy
+import json
+import uuid
+from typing import Any
+
+import jsonschema_rs
+import msgspec
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from llama_orch.api.documents import document_bytes
+from llama_orch.contract.models import TaskRequest
+
+RANGES = {"int32": (-(2**31), 2**31 - 1), "int64": (-(2**63), 2**63 - 1)}
+UUID = "3f2b8c1e-9d5a-4c57-8a43-0c7d5b1f2e90"
+SCHEMAS = json.loads(document_bytes("data.json"))["components"]["schemas"]
+FIELDS = sorted({name for schema in SCHEMAS.values() for name in schema.get("properties", {})})
+
+
+def as_json_schema(node: Any) -> Any:
+    """OpenAPI 3.0's own words in JSON Schema's: nullable, int32, int64."""
+    if isinstance(node, list):
+        return [as_json_schema(item) for item in node]
+    if not isinstance(node, dict):
+        return node
+    out: dict[str, Any] = {
+        key: {name: as_json_schema(sub) for name, sub in value.items()}
+        if key == "properties"
+        else as_json_schema(value)
+        for key, value in node.items()
+        if key != "example"
+    }
+    if out.get("format") in RANGES:
+        low, high = RANGES[out.pop("format")]
+        out["minimum"], out["maximum"] = max(out.get("minimum", low), low), min(out.get("maximum", high), high)
+    if out.pop("nullable", False):
+        out["type"] = [out["type"], "null"]
+    return out
+
+
+def is_uuid(text: str) -> bool:
+    try:
+        return str(uuid.UUID(text)) == text.lower()
+    except ValueError:
+        return False
+
+
+VALIDATOR = jsonschema_rs.Draft4Validator(
+    {"$ref": "#/components/schemas/TaskRequest", "components": {"schemas": as_json_schema(SCHEMAS)}},
+    validate_formats=True,
+    formats={"uuid": is_uuid},  # draft 4 does not know it
+)
+
+FULL = {
+    "task_id": UUID,
+    "session_id": None,
+    "workload": "completion",
+    "model_ref": "builtin:tiny",
+    "engine": "llamacpp",
+    "ctx": 512,
+    "priority": "batch",
+    "seed": 7,
+    "determinism": "strict",
+    "sampler_profile_version": "v1",
+    "sampling": {"temperature": 0.5, "top_k": 4, "stop": ["\n"], "json_schema": {"type": "object"}, "grammar": "root"},
+    "prompt": "Once",
+    "inputs": ["a", "b"],
+    "messages": [{"role": "user", "content": "hi"}],
+    "max_tokens": 5,
+    "deadline_ms": 1000,
+    "expected_tokens": 3,
+    "kv_hint": "reuse",
+    "keep_transcript": False,
+}
+
+LEAVES = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-(2**64), 2**64),
+    st.sampled_from([0, 1, -1, 2**31 - 1, 2**31, 2**53 + 1, 2**63 - 1, 2**63, 31536000000, 31536000001]),
+    st.floats(allow_nan=False, allow_infinity=False, width=32),
+    st.text(max_size=5),
+    st.sampled_from(
+        [UUID, UUID.upper(), UUID + "\n", UUID.replace("-", ""), "interactive", "reuse", "x" * 65, "x" * 257, ""]
+    ),
+)
+VALUES = st.recursive(
+    LEAVES,
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=3),
+        st.dictionaries(st.one_of(st.sampled_from(FIELDS), st.text(max_size=3)), inner, max_size=3),
+        st.fixed_dictionaries({"role": inner, "content": inner}),
+    ),
+    max_leaves=5,
+)
+
+
+def places(node: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """Every path in a JSON value, its own included."""
+    children = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+    return [path] + [deeper for key, value in children for deeper in places(value, (*path, key))]
+
+
+def mutate(body: Any, place: tuple[Any, ...], action: str, key: str, value: Any) -> Any:
+    """Replace or remove what is at `place`, or add a key to it."""
+    if not place:
+        return {**body, key: value} if action == "add" and isinstance(body, dict) else value
+    parent = body
+    for step in place[:-1]:
+        parent = parent[step]
+    if action == "remove":
+        del parent[place[-1]]
+    elif action == "add" and isinstance(parent[place[-1]], dict):
+        parent[place[-1]][key] = value
+    else:
+        parent[place[-1]] = value
+    return body
+
+
+@st.composite
+def bodies(draw: st.DrawFn) -> Any:
+    chosen = draw(st.sets(st.sampled_from(sorted(FULL))))
+    body: Any = copy.deepcopy({name: FULL[name] for name in (*chosen, "model_ref")})
+    for _ in range(draw(st.integers(0, 2))):
+        place, action = draw(st.sampled_from(places(body))), draw(st.sampled_from(["replace", "remove", "add"]))
+        key = draw(st.one_of(st.sampled_from(FIELDS), st.text(max_size=3)))
+        body = mutate(body, place, action, key, draw(VALUES))
+    return body
+
+
+def is_accepted(body: Any) -> bool:
+    try:
+        msgspec.json.decode(json.dumps(body).encode(), type=TaskRequest)
+    except msgspec.ValidationError:
+        return False
+    return True
+
+
+@settings(max_examples=1000, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(bodies())
+def test_the_type_accepts_what_the_schema_accepts(body: Any) -> None:
+    """For 1,000 mutated bodies the generated type and the published schema agree."""
+    assert is_accepted(body) == VALIDATOR.is_valid(body)
+
+
+def test_the_comparison_can_fail() -> None:
+    """The body that all mutations start from is valid for both, and one wrong value is not."""
+    assert is_accepted(FULL)
+    assert VALIDATOR.is_valid(FULL)
+    for wrong in ({"seed": 2**63}, {"task_id": "x"}, {"x": 1}, {"sampling": None}, {"kv_hint": "x"}):
+        assert not is_accepted({**FULL, **wrong})
+        assert not VALIDATOR.is_valid({**FULL, **wrong})
