@@ -1,0 +1,97 @@
+"""One task's decoding: its prompts on its slot, chunks into its stream, and the figures that remain.
+
+Engine errors become the contract's errors here, once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+
+from msgspec import UNSET
+
+from llama_orch.contract.config import SamplerProfileSettings
+from llama_orch.contract.models import FinishReason, KvHint, TaskRequest
+from llama_orch.core.task import Outcome, Task
+from llama_orch.engines.base import Chunk, Completion, Job, Sampling, Worker
+from llama_orch.runtime.streams import TaskStream
+
+# Task.inputs run one after the other; each but the first gets a seed of its own, so that equal inputs may differ.
+_SEED_MAX = 2**63 - 1
+
+
+@dataclass(frozen=True, slots=True)
+class Assignment:
+    """What decoding needs besides the task itself."""
+
+    worker: Worker
+    prompts: Sequence[str]
+    sampling: Sampling
+    idle_timeout_s: float
+
+
+def sampling_of(request: TaskRequest, profile: SamplerProfileSettings) -> Sampling:
+    """The profile's settings with the task's own over them."""
+    own = request.sampling
+
+    def chosen(name: str) -> float:
+        value: float | None = None if own is UNSET else getattr(own, name)
+        return float(getattr(profile, name) if value is None else value)
+
+    return Sampling(
+        temperature=chosen("temperature"),
+        top_k=int(chosen("top_k")),
+        top_p=chosen("top_p"),
+        min_p=chosen("min_p"),
+        repeat_penalty=chosen("repeat_penalty"),
+        stop=() if own is UNSET or own.stop is None else tuple(own.stop),
+    )
+
+
+def may_reuse_kv(task: Task) -> bool:
+    """A strict task is evaluated from its first token: a warm prefix changes the numbers (HP-DET-1)."""
+    hint = task.request.kv_hint
+    wants = hint is KvHint.REUSE or (hint is None and task.request.session_id is not None)
+    return wants and not task.is_strict
+
+
+async def decode(task: Task, given: Assignment, stream: TaskStream, progressed: Callable[[int], None]) -> Outcome:
+    """Run the task's prompts in order. `progressed` hears of each chunk's token count before its frame is written."""
+    done: list[Completion] = []
+    for number, prompt in enumerate(given.prompts):
+        job = _job(task, prompt, number, given)
+        async with aclosing(given.worker.generate(job)) as items:
+            async for item in items:
+                if isinstance(item, Chunk):
+                    progressed(item.tokens)
+                    if item.text:
+                        stream.token(item.text)
+                else:
+                    done.append(item)
+    return _outcome(done)
+
+
+def _job(task: Task, prompt: str, number: int, given: Assignment) -> Job:
+    if task.lease is None:
+        raise RuntimeError(f"task {task.task_id} decodes without a lease")
+    return Job(
+        task_id=task.task_id,
+        prompt=prompt,
+        max_tokens=task.max_tokens,
+        seed=(task.seed + number) & _SEED_MAX,
+        sampling=given.sampling,
+        slot=task.lease.slots[0],
+        reuse_kv=may_reuse_kv(task),
+        idle_timeout_s=given.idle_timeout_s,
+    )
+
+
+def _outcome(done: list[Completion]) -> Outcome:
+    return Outcome(
+        tokens_in=sum(one.tokens_in for one in done),
+        tokens_out=sum(one.tokens_out for one in done),
+        decode_ms=round(sum(one.decode_ms for one in done)),
+        finish_reason=FinishReason(done[-1].finish_reason),
+        is_kv_warm=any(one.tokens_cached > 0 for one in done),
+    )

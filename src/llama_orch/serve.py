@@ -1,0 +1,170 @@
+"""The composition root: the only place where concrete classes meet. Starts the service, ends it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+
+import uvicorn
+import uvloop
+
+from llama_orch.api.app import build_app
+from llama_orch.api.protocol import HttpProtocol
+from llama_orch.clock import SystemClock
+from llama_orch.contract.config import Settings
+from llama_orch.devices.inventory import DeviceError, Source, discover
+from llama_orch.engines.base import Engine
+from llama_orch.engines.process import worker_environment
+from llama_orch.engines.registry import build_engines
+from llama_orch.models.digest import Digests
+from llama_orch.observe import logs
+from llama_orch.runtime.plan import Plan, PlanError, make_plan
+from llama_orch.runtime.wiring import wire
+from llama_orch.settings import Home
+
+log = logging.getLogger("llama_orch.serve")
+
+SHUTDOWN_LIMIT_S = 5  # for connections that are still open once every task has ended
+PROBE_LIMIT_S = 30
+
+
+def run_server(settings: Settings, home: Home, token: str, *, lifeline: bool) -> int:
+    """Serve until told to end; returns the exit code. `lifeline`: also end when standard input closes."""
+    logs.set_up(settings.logs.level, settings.logs.format, [token])
+    try:
+        engines = _engines(settings)
+        sources = discover(settings.devices, lambda uuids: _can_use_cuda(settings, uuids))
+        plan = make_plan(settings, engines, sources)
+        listener = _bind(settings)
+    except (PlanError, DeviceError, ValueError, OSError) as error:
+        for problem in getattr(error, "problems", [str(error)]):
+            print(f"error: {problem}", file=sys.stderr)
+        return 1
+    with listener, asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(_Program(settings, home, token, engines, sources, plan).run(listener, lifeline=lifeline))
+
+
+class _Program:
+    """One run of the service."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        home: Home,
+        token: str,
+        engines: Mapping[str, Engine],
+        sources: Sequence[Source],
+        plan: Plan,
+    ) -> None:
+        digests = Digests(home.path / "digests.json")
+        self._orchestrator, service = wire(
+            settings, engines, sources, plan, lambda path: asyncio.to_thread(digests.of, path), SystemClock()
+        )
+        app = build_app(service, token=token, settings=settings)
+        self._server = _Server(
+            uvicorn.Config(
+                app,
+                http=HttpProtocol,
+                ws="none",
+                lifespan="on",
+                log_config=None,
+                access_log=settings.logs.level == "debug",
+                server_header=False,
+                timeout_graceful_shutdown=SHUTDOWN_LIMIT_S,
+            )
+        )
+        self._told_to_end = asyncio.Event()
+        self._told_again = asyncio.Event()
+
+    async def run(self, listener: socket.socket, *, lifeline: bool) -> int:
+        self._listen_for_the_end(lifeline=lifeline)
+        async with asyncio.TaskGroup() as group:
+            orchestration = group.create_task(self._orchestrator.run(), name="orchestrator")
+            http = group.create_task(self._server.serve(sockets=[listener]), name="http")
+            host, port = listener.getsockname()[:2]
+            where = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+            log.info("listening on %s", where)
+            print(f"listening on {where}", flush=True)
+            await self._told_to_end.wait()
+            log.info("draining: no new tasks, running ones may end")
+            await self._finish_or_hurry(group)
+            self._server.should_exit = True
+            await http
+            orchestration.cancel()
+        return 0
+
+    async def _finish_or_hurry(self, group: asyncio.TaskGroup) -> None:
+        """Let running tasks end, unless told to end a second time."""
+        drain = group.create_task(self._orchestrator.drain(), name="drain")
+        hurry = group.create_task(self._told_again.wait(), name="hurry")
+        await asyncio.wait((drain, hurry), return_when=asyncio.FIRST_COMPLETED)
+        self._server.force_exit = self._told_again.is_set()
+        drain.cancel()
+        hurry.cancel()
+
+    def _listen_for_the_end(self, *, lifeline: bool) -> None:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._end)
+        if lifeline:
+            loop.add_reader(sys.stdin.fileno(), self._read_lifeline)
+
+    def _end(self) -> None:
+        if self._told_to_end.is_set():
+            self._told_again.set()
+        self._told_to_end.set()
+
+    def _read_lifeline(self) -> None:
+        """Standard input closed: whoever started us is gone, and nobody waits for answers any more."""
+        if not os.read(sys.stdin.fileno(), 4096):
+            asyncio.get_running_loop().remove_reader(sys.stdin.fileno())
+            self._told_to_end.set()
+            self._told_again.set()
+
+
+class _Server(uvicorn.Server):
+    """Signals are ours: uvicorn would end open streams at once and raise the signal again on its way out."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def _bind(settings: Settings) -> socket.socket:
+    host, port = settings.server.host, settings.server.port
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=2048)
+    except OSError as error:
+        raise OSError(f"cannot listen on {host} port {port}: {error.strerror}; choose another with --port") from error
+
+
+def _engines(settings: Settings) -> dict[str, Engine]:
+    llamacpp = settings.engines.llamacpp
+    return build_engines(llamacpp.launcher, llamacpp.binary, llamacpp.extra_args)
+
+
+def _can_use_cuda(settings: Settings, uuids: tuple[str, ...]) -> bool:
+    """Whether llama.cpp as installed computes on NVIDIA cards. The user's own binary is taken to."""
+    if settings.engines.llamacpp.launcher == "binary":
+        return True
+    try:
+        answer = subprocess.run(
+            [sys.executable, "-P", "-m", "llama_orch.workers.probe"],
+            env=worker_environment(os.environ, uuids),
+            capture_output=True,
+            timeout=PROBE_LIMIT_S,
+            check=True,
+        )
+        return any(name.startswith("CUDA") for name in json.loads(answer.stdout))
+    except (OSError, subprocess.SubprocessError, ValueError) as error:
+        log.warning("llama.cpp could not be asked for its devices: %s", error)
+        return False
