@@ -1,0 +1,191 @@
+"""`llama-orch run`: one task, its tokens on stdout as they come and everything else on stderr.
+
+Invariant: the task does not outlive the command. Ctrl-C (at any moment), SIGTERM, a closed terminal and a closed stdout
+cancel it; a server that was started for it ends with it.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager, suppress
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+from llama_orch.cli.connection import answers_reported, client_token, connected, server_url
+from llama_orch.cli.output import DONE, FAILED, INTERRUPTED, UsageError, command, note, silence_stdout
+from llama_orch.contract.models import Determinism, Priority
+
+if TYPE_CHECKING:
+    from llama_orch.cli.client import Client
+    from llama_orch.contract.models import TaskRequest
+
+_BUILTIN_MODEL = "builtin:tiny"
+_LOADING_WAIT_MAX_S = 600.0  # for a server of our own, whose model is still being read
+_LOADING_ATTEMPTS_MAX = 1000
+# A task whose submission was interrupted can reach the server after its cancellation: look again for a moment.
+_CANCEL_ATTEMPTS, _CANCEL_WAIT_S = 5, 0.2
+
+
+@command
+def run(
+    prompt: Annotated[str, typer.Argument(help="The prompt; - reads it from stdin, less one newline at its end.")],
+    model: Annotated[
+        str | None, typer.Option(metavar="REF", help="Model reference; default: the first pool's model.")
+    ] = None,
+    engine: Annotated[str | None, typer.Option(help="Engine; default: any that serves the model.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer; default: the pool's.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Seed; default: chosen and shown at the end.")] = None,
+    priority: Annotated[Priority, typer.Option(help="Place in the queue.")] = Priority.INTERACTIVE,
+    determinism: Annotated[
+        Determinism, typer.Option(help="strict: the same bytes for the same request.")
+    ] = Determinism.STRICT,
+    chat: Annotated[bool, typer.Option("--chat", help="Send the prompt as a chat message.")] = False,
+    session: Annotated[str | None, typer.Option(metavar="UUID", help="Session of the task.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the frames as lines of JSON.")] = False,
+) -> int:
+    """Run a prompt. Without a server at hand, one runs for the length of the command."""
+    text = _prompt(prompt)
+    fields: dict[str, Any] = {
+        "task_id": str(uuid.uuid4()),
+        "engine": engine,
+        "max_tokens": max_tokens,
+        "seed": seed,
+        "priority": priority,
+        "determinism": determinism,
+        "session_id": session,
+    }
+    fields |= {"messages": [{"role": "user", "content": text}]} if chat else {"prompt": text}
+    _request(fields, model or _BUILTIN_MODEL)  # a usage error is one before a server is started
+    with _signals_interrupt(), _service(os.environ) as client:
+        return _run_task(client, _request(fields, model or _default_model(client, engine)), as_json)
+
+
+def _prompt(argument: str) -> str:
+    try:
+        text = sys.stdin.buffer.read().decode().removesuffix("\n") if argument == "-" else argument
+        text.encode()  # an argument that was not UTF-8 fails here
+    except UnicodeError as error:
+        raise UsageError("the prompt is not UTF-8 text") from error
+    if not text:
+        raise UsageError("the prompt is empty")
+    return text
+
+
+def _request(fields: dict[str, Any], model: str) -> TaskRequest:
+    import msgspec
+
+    from llama_orch.contract.models import TaskRequest
+
+    try:
+        return msgspec.convert(fields | {"model_ref": model}, TaskRequest)
+    except msgspec.ValidationError as error:
+        raise UsageError(f"the task would be refused: {error}") from error
+
+
+def _default_model(client: Client, engine: str | None) -> str:
+    models = (pool.model for pool in client.pools().items if engine in (None, pool.engine))
+    return next(models, _BUILTIN_MODEL)
+
+
+@contextmanager
+def _service(env: Mapping[str, str]) -> Iterator[Client]:
+    """The server that LLORCH_URL names or that listens at the default address, else one of our own."""
+    from llama_orch.cli.client import Client
+
+    if not env.get("LLORCH_URL"):
+        with answers_reported(), Client(server_url(env), token="") as probe:
+            is_there = probe.is_there()
+        if not is_there:
+            with _own_service(env) as client:
+                yield client
+            return
+    with connected(env) as client:
+        yield client
+
+
+@contextmanager
+def _own_service(env: Mapping[str, str]) -> Iterator[Client]:
+    from llama_orch.cli.client import Client
+    from llama_orch.cli.own_server import StartError, own_server, serve_command
+    from llama_orch.settings import Home
+
+    url, home = server_url(env), Home.of(env).create()
+    token = client_token(url, env, create=True)
+    note(f"no server at {url}: starting one for this command")
+    try:
+        with (
+            own_server(serve_command(env.get("LLORCH_CONFIG")), env, home.path / "logs" / "run-server.log") as own_url,
+            answers_reported(),
+            Client(own_url, token, attempts_max=_LOADING_ATTEMPTS_MAX, wait_max_s=_LOADING_WAIT_MAX_S) as client,
+        ):
+            yield client
+    except StartError as error:
+        note(f"error: {error}")
+        for line in error.log_tail:
+            note(f"  {line}")
+        raise typer.Exit(FAILED) from error
+
+
+def _run_task(client: Client, request: TaskRequest, as_json: bool) -> int:
+    from llama_orch.cli.client import UnreachableError
+    from llama_orch.cli.run_output import JsonFrames, Text
+
+    assert request.task_id is not None
+    is_admitted = False
+    with closing(JsonFrames() if as_json else Text()) as output:
+        try:
+            admission = client.submit(request)
+            is_admitted = True
+            output.admitted(admission)
+            with closing(client.stream(request.task_id)) as frames:
+                for frame in frames:
+                    output.show(frame)
+            return output.code
+        except KeyboardInterrupt:
+            output.close()
+            _cancel(client, request.task_id, is_admitted)
+            with suppress(OSError):  # the terminal may be gone
+                note("interrupted: the task is canceled")
+            return INTERRUPTED
+        except BrokenPipeError:
+            silence_stdout()
+            _cancel(client, request.task_id, is_admitted)
+            return DONE  # the reader has what it wanted
+        except UnreachableError:
+            if is_admitted:
+                note(f"the task may go on: llama-orch tasks get {request.task_id}")
+            raise
+
+
+def _cancel(client: Client, task_id: str, is_admitted: bool) -> None:
+    """Cancel as well as can be; the command is on its way out."""
+    from llama_orch.cli.client import ApiError, UnreachableError
+
+    for _ in range(1 if is_admitted else _CANCEL_ATTEMPTS):
+        with suppress(ApiError, UnreachableError):
+            return client.cancel(task_id)
+        time.sleep(_CANCEL_WAIT_S)
+
+
+@contextmanager
+def _signals_interrupt() -> Iterator[None]:
+    """SIGTERM and a closed terminal end the command as Ctrl-C does. What was ignored (nohup) stays ignored."""
+
+    def interrupt(*_: object) -> NoReturn:
+        raise KeyboardInterrupt
+
+    wanted = (signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.getsignal(number) for number in wanted if signal.getsignal(number) != signal.SIG_IGN}
+    try:
+        for number in before:
+            signal.signal(number, interrupt)
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,225 @@
+"""The typed client against a service over HTTP."""
+
+from __future__ import annotations
+
+import uuid
+
+import pytest
+from contract_service import ContractService, Refusal, error
+
+from llama_orch.cli.client import ApiError, Client, UnreachableError
+from llama_orch.contract.models import EndFrame, Error, ErrorCode, StartedFrame, TaskRequest, TokenFrame
+
+BUSY = error("ADMISSION_REJECT", retriable=True, retry_after_ms=30)
+
+
+@pytest.fixture
+def waits() -> list[float]:
+    """What the client slept, in seconds."""
+    return []
+
+
+@pytest.fixture
+def client(service: ContractService, waits: list[float]) -> Client:
+    return Client(service.url, service.token, sleep=waits.append)
+
+
+def _request(prompt: str) -> TaskRequest:
+    return TaskRequest(model_ref="builtin:tiny", prompt=prompt)
+
+
+def _text(client: Client, prompt: str) -> str:
+    admission = client.submit(_request(prompt))
+    return "".join(frame.t for frame in client.stream(admission.task_id) if isinstance(frame, TokenFrame))
+
+
+def test_a_task_from_submission_to_end(client: Client) -> None:
+    """A submitted task streams typed frames: started first, end last."""
+    admission = client.submit(_request("hello"))
+    frames = list(client.stream(admission.task_id))
+    assert isinstance(frames[0], StartedFrame)
+    assert [frame.t for frame in frames if isinstance(frame, TokenFrame)] == ["Hello", " wörld"]
+    assert isinstance(frames[-1], EndFrame)
+    assert frames[-1].seed == 7
+
+
+def test_error_frame_ends_the_stream(client: Client) -> None:
+    """An `error` frame is handed out as the last one."""
+    admission = client.submit(_request("lost"))
+    last = list(client.stream(admission.task_id))[-1]
+    assert isinstance(last, Error)
+    assert last.code == ErrorCode.WORKER_RESET
+
+
+def test_frames_of_a_later_version_are_passed_over(client: Client) -> None:
+    """An event that this version does not know is skipped."""
+    assert _text(client, "later-frame") == "ok"
+
+
+@pytest.mark.spec("HP-STR-7")
+def test_broken_stream_goes_on(client: Client, service: ContractService, waits: list[float]) -> None:
+    """A broken stream is taken up behind the last whole frame: nothing is lost, nothing comes twice."""
+    assert _text(client, "broken") == "ab"
+    streams = service.headers_of("/stream")
+    assert [headers.get("last-event-id") for headers in streams] == [None, "2"]
+    assert len(waits) == 1
+
+
+def test_reads(client: Client, service: ContractService) -> None:
+    """Every read of the contract comes back typed."""
+    admission = client.submit(_request("hello"))
+    client.submit(_request("hello"))
+    assert client.get_task(admission.task_id).task_id == admission.task_id
+    page = client.list_tasks(limit=1)
+    assert len(page.items) == 1
+    assert page.next_cursor == "more"
+    assert client.pools().items[0] == client.pool("default")
+    assert client.pool_health("default").replicas[0].id == "default-0"
+    assert client.capabilities().api_version == "2.1.0"
+
+
+def test_cancel(client: Client, service: ContractService) -> None:
+    """Cancel reaches the task; of a task that does not exist it is a typed failure."""
+    admission = client.submit(_request("forever"))
+    client.cancel(admission.task_id)
+    assert service.only_task().canceled.is_set()
+    with pytest.raises(ApiError) as refused:
+        client.cancel(str(uuid.uuid4()))
+    assert (refused.value.status, refused.value.error.code) == (404, ErrorCode.NOT_FOUND)
+
+
+def test_an_id_cannot_leave_its_place(client: Client, service: ContractService) -> None:
+    """An id with slashes stays one segment of the path."""
+    with pytest.raises(ApiError):
+        client.get_task("../pools?x=#y")
+    assert service.seen[-1].path == "/v1/tasks/..%2Fpools%3Fx%3D%23y"
+
+
+@pytest.mark.spec("HP-SEC-2")
+def test_correlation_id(client: Client, service: ContractService) -> None:
+    """Every request of a client carries its correlation id."""
+    _text(client, "hello")
+    assert {seen.headers["x-correlation-id"] for seen in service.seen} == {client.correlation_id}
+
+
+@pytest.mark.spec("HP-ERR-3")
+@pytest.mark.parametrize(
+    ("headers", "wait_s"),
+    [
+        ({"Retry-After": "2", "X-Backoff-Ms": "1500"}, 1.5),
+        ({"Retry-After": "2"}, 2.0),
+        ({"Retry-After": "soon"}, 0.03),
+        ({}, 0.03),
+    ],
+)
+@pytest.mark.parametrize("status", [429, 503])
+def test_the_wait_that_the_server_names_is_kept(
+    client: Client, service: ContractService, waits: list[float], headers: dict[str, str], wait_s: float, status: int
+) -> None:
+    """A 429 or 503 is repeated after X-Backoff-Ms, else Retry-After, else the body's figure."""
+    service.refusals = [Refusal(status, BUSY, headers)] * 2
+    client.pools()
+    assert waits == [wait_s, wait_s]
+
+
+@pytest.mark.spec("HP-ERR-3", "HP-ADM-8")
+def test_a_repeated_submission_is_the_same_task(client: Client, service: ContractService) -> None:
+    """The task's id is chosen before the first attempt, so that a repeat cannot run twice."""
+    service.refusals = [Refusal(503, BUSY)]
+    client.submit(_request("hello"))
+    bodies = [seen.body for seen in service.seen]
+    assert len(bodies) == 2
+    assert bodies[0] == bodies[1]
+    assert bodies[0]["task_id"]
+
+
+@pytest.mark.spec("HP-ERR-3")
+def test_retries_are_bounded(client: Client, service: ContractService, waits: list[float]) -> None:
+    """A service that stays busy is given up on, with its own error."""
+    service.refusals = [Refusal(429, BUSY)] * 100
+    with pytest.raises(ApiError) as refused:
+        client.pools()
+    assert refused.value.error.code == ErrorCode.ADMISSION_REJECT
+    assert len(waits) == 4
+
+
+@pytest.mark.spec("HP-ERR-3")
+@pytest.mark.parametrize(
+    "refusal",
+    [
+        Refusal(429, error("BUDGET_EXHAUSTED", retriable=False), {"Retry-After": "1"}),
+        Refusal(429, BUSY, {"Retry-After": "3600"}),
+        Refusal(400, error("INVALID_PARAMS")),
+        Refusal(500, error("INTERNAL"), {"Retry-After": "1"}),
+    ],
+    ids=["cannot pass", "takes too long", "is the client's fault", "is a defect"],
+)
+def test_what_is_not_repeated(client: Client, service: ContractService, waits: list[float], refusal: Refusal) -> None:
+    """A refusal that cannot pass, or not in time, is raised at once."""
+    service.refusals = [refusal]
+    with pytest.raises(ApiError) as refused:
+        client.pools()
+    assert refused.value.status == refusal.status
+    assert waits == []
+
+
+@pytest.mark.spec("HP-ERR-3")
+def test_a_full_service_delays_a_stream(client: Client, service: ContractService, waits: list[float]) -> None:
+    """A stream that is refused for now is opened later."""
+    admission = client.submit(_request("hello"))
+    service.refusals = [Refusal(503, error("REPLICA_EXHAUSTED", retriable=True), {"X-Backoff-Ms": "20"})]
+    assert isinstance(list(client.stream(admission.task_id))[-1], EndFrame)
+    assert waits == [0.02]
+
+
+def test_foreign_failure(client: Client, service: ContractService) -> None:
+    """A failure without our error body, as a proxy answers it, is still a typed one."""
+    service.refusals = [Refusal(502, {"no": "error"})]
+    with pytest.raises(ApiError) as refused:
+        client.pools()
+    assert "LLORCH_URL" in refused.value.error.message
+    assert refused.value.error.correlation_id == client.correlation_id
+
+
+def test_foreign_answer(client: Client, service: ContractService) -> None:
+    """An answer that is not the contract's is a failure that says so, not a crash."""
+    service.refusals = [Refusal(200, {"what": "ever"})]
+    with pytest.raises(UnreachableError, match="different versions"):
+        client.pools()
+
+
+@pytest.mark.spec("HP-SEC-7")
+def test_is_there_keeps_the_token(client: Client, service: ContractService) -> None:
+    """Whether a server is there is found out without showing the token to it."""
+    assert client.is_there()
+    assert "authorization" not in service.seen[-1].headers
+
+
+def test_nothing_there(closed_url: str) -> None:
+    """A refused connection is told apart, and is not there."""
+    client = Client(closed_url, "t")
+    assert not client.is_there()
+    with pytest.raises(UnreachableError) as refused:
+        client.pools()
+    assert refused.value.is_refused
+
+
+def test_no_proxy_for_loopback(service: ContractService, closed_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A proxy of the environment does not come between a program and its own machine."""
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, closed_url)
+    assert Client(service.url, service.token).pools().items
+
+
+def test_reconnects_are_bounded(client: Client, waits: list[float]) -> None:
+    """A stream that breaks again and again without a new frame is given up."""
+    with pytest.raises(UnreachableError, match="could not be taken up"):
+        _text(client, "gone")
+    assert len(waits) == 4
+
+
+def test_reconnects_to_a_server_that_went_are_bounded(closed_url: str, waits: list[float]) -> None:
+    """Neither is a server that no longer listens asked for ever."""
+    with pytest.raises(UnreachableError, match="could not be taken up"):
+        list(Client(closed_url, "t", sleep=waits.append).stream(str(uuid.uuid4())))
+    assert len(waits) == 4
