@@ -22,6 +22,7 @@ from llama_orch.clock import SystemClock
 from llama_orch.contract.config import Settings
 from llama_orch.devices.inventory import DeviceError, Source, discover
 from llama_orch.engines.base import Engine
+from llama_orch.engines.private_folder import sweep_private_folders
 from llama_orch.engines.process import worker_environment
 from llama_orch.engines.registry import build_engines
 from llama_orch.models.digest import Digests
@@ -39,6 +40,7 @@ PROBE_LIMIT_S = 30
 def run_server(settings: Settings, home: Home, token: str, *, lifeline: bool) -> int:
     """Serve until told to end; returns the exit code. `lifeline`: also end when standard input closes."""
     logs.set_up(settings.logs.level, settings.logs.format, [token])
+    sweep_private_folders()  # what a service that was killed could not remove
     try:
         engines = _engines(settings)
         sources = discover(settings.devices, lambda uuids: _can_use_cuda(settings, uuids))

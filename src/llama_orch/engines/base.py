@@ -1,0 +1,162 @@
+"""What an engine is to the rest of the service: launch a worker, wait until it is ready, stream from it, stop it.
+
+An *engine* is an adapter kind (llamacpp, ctransformers, simulated). A *worker* is one running replica of one model. The
+runtime drives workers through the protocols below and learns of trouble through the exceptions below; nothing else of
+an engine is visible outside this package.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, Protocol
+
+FinishReason = Literal["stop", "length"]
+
+
+class EngineError(Exception):
+    """Base of what an engine raises. The text is for people and never holds a prompt or a key."""
+
+
+class LoadFailed(EngineError):
+    """The worker could not load its model (bad file, unsupported architecture, no memory, stalled)."""
+
+
+class WorkerLost(EngineError):
+    """The worker died, broke its connection or answered nonsense while it was needed."""
+
+
+class JobRefused(EngineError):
+    """The engine refused this one job (for example a prompt over the context); the worker is still sound."""
+
+
+class DecodeStalled(EngineError):
+    """No token came for longer than the job's idle limit; the worker must be replaced."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineTraits:
+    """What is true of an engine before any model is loaded; published in capabilities."""
+
+    name: str
+    version: str
+    workloads: tuple[str, ...]
+    determinism: str  # one sentence for capabilities: what `strict` guarantees and at what cost
+    max_slots: int | None = None  # sequences per worker that the engine can run, None: no limit of its own
+    strict_needs_exclusive: bool = True  # a strict task must have the whole replica (HP-DET-1)
+    features: tuple[str, ...] = ()  # of: chat, grammar, json_schema, kv_reuse, min_p
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaSpec:
+    """One worker to launch: one model on one device mask."""
+
+    replica_id: str
+    pool_id: str
+    model_path: Path
+    slots: int
+    ctx: int  # tokens per slot
+    backend: Literal["cuda", "cpu", "simulated"] = "cpu"
+    device_uuids: tuple[str, ...] = ()  # CUDA_VISIBLE_DEVICES; empty: no GPU is visible to the worker
+    threads: int = 1
+    tensor_split: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerFacts:
+    """What a worker reports of itself once its model is loaded."""
+
+    engine_version: str
+    slots: int
+    ctx: int  # tokens per slot, as the engine granted it
+    load_ms: int
+    pid: int | None = None
+    buffer_bytes: Mapping[str, int] = field(default_factory=dict)
+    # what the engine said it allocated, by "<device>/<what>": CUDA0/weights, CUDA0/kv, CPU/compute, CPU/output
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """The sampler's settings for one job; names are the contract's."""
+
+    temperature: float = 0.8
+    top_k: int = 40
+    top_p: float = 0.95
+    min_p: float = 0.05
+    repeat_penalty: float = 1.0
+    stop: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One decoding run: one prompt on one slot."""
+
+    task_id: str
+    prompt: str
+    max_tokens: int
+    seed: int  # 0 to 2**63 - 1; an engine with a smaller range maps it deterministically
+    sampling: Sampling
+    slot: int  # the slot that the scheduler leased
+    reuse_kv: bool = False  # False: the prompt is evaluated from its first token
+    idle_timeout_s: float = 60.0  # raise DecodeStalled when nothing comes for this long
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Decoded text that is whole UTF-8. `tokens` counts what the engine decoded since the chunk before; text may be
+    empty when those tokens hold only part of a character."""
+
+    text: str
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """The last thing that a job yields. Times are the engine's own, in milliseconds."""
+
+    tokens_in: int
+    tokens_out: int
+    tokens_cached: int
+    prefill_ms: float
+    decode_ms: float
+    finish_reason: FinishReason
+
+
+class Worker(Protocol):
+    """One running replica. `ready` is awaited once, before anything else."""
+
+    async def ready(self) -> WorkerFacts:
+        """Return once the model is loaded; raise LoadFailed when it cannot be."""
+
+    async def lost(self) -> str:
+        """Return when the worker has died, with the reason as one line for people."""
+
+    async def count_tokens(self, text: str) -> int:
+        """Tokens of `text` as the model's own tokenizer counts them, the start-of-text token included."""
+
+    async def render_chat(self, messages: list[dict[str, str]]) -> str:
+        """The prompt that the model's own chat template makes of `messages`; JobRefused without a template."""
+
+    def generate(self, job: Job) -> AsyncGenerator[Chunk | Completion, None]:
+        """Chunks, then exactly one Completion. Closing the iterator cancels: it returns once the engine has stopped
+        decoding (the slot is free), or raises WorkerLost when it does not stop in time."""
+
+    async def evict(self, slot: int) -> None:
+        """Forget the KV that an idle slot holds (HP-SES-1). An empty slot is fine; WorkerLost when it cannot be."""
+
+    async def stop(self, grace_s: float) -> None:
+        """End the worker and wait until its process and its children are gone. Idempotent."""
+
+
+class Engine(Protocol):
+    """An adapter kind: knows how to launch its workers."""
+
+    @property
+    def traits(self) -> EngineTraits: ...
+
+    def refusal(self, model_path: Path) -> str | None:
+        """Why this engine cannot load the file, judged from its header alone; None when it may."""
+
+    async def launch(self, spec: ReplicaSpec) -> Worker:
+        """Start a worker process (or its in-process stand-in) and return at once; LoadFailed if it cannot start."""

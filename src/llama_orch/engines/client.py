@@ -1,0 +1,345 @@
+"""Our client of llama-server's HTTP dialect over a worker's Unix socket: small, typed, and cheap per token.
+
+One connection per request, because closing it is how a completion is canceled. Only the fields of `CompletionBody` ever
+reach an engine, each checked against its range: negative or unknown values have been memory errors upstream.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import TypeVar
+
+import msgspec
+
+from llama_orch.engines.base import DecodeStalled, EngineError, Job, JobRefused, WorkerLost
+from llama_orch.engines.exchange import Exchange
+from llama_orch.engines.seeds import map_seed
+
+_LINE_BYTES_MAX = 1 << 20  # one event; an honest one is some hundred bytes
+_REQUEST_TIMEOUT_S = 30.0
+_INT32_MAX = 2**31 - 1
+_STOP_STRINGS_MAX = 64
+
+T = TypeVar("T")
+
+
+class Timings(msgspec.Struct, frozen=True):
+    """The engine's own measurements of one run."""
+
+    cache_n: int = 0
+    prompt_n: int = 0
+    prompt_ms: float | None = None
+    predicted_n: int = 0
+    predicted_ms: float | None = None
+
+
+class Fault(msgspec.Struct, frozen=True):
+    """An error as the dialect words it, in a body or in an event."""
+
+    message: str = ""
+    code: int = 500
+    type: str = ""
+
+
+class FaultBody(msgspec.Struct, frozen=True):
+    error: Fault = Fault()
+
+
+class CompletionEvent(msgspec.Struct, frozen=True):
+    """One event of a completion's stream. `tokens_predicted` counts from the start of the run: one event may cover
+    several tokens, because the engine holds back text that ends inside a character or looks like a stop string."""
+
+    content: str = ""
+    stop: bool = False
+    tokens_predicted: int = 0
+    tokens_evaluated: int = 0
+    stop_type: str = ""
+    timings: Timings | None = None
+    error: Fault | None = None
+
+
+class CompletionBody(msgspec.Struct, frozen=True):
+    """Everything that a completion may ask of an engine; the names are the dialect's."""
+
+    prompt: str
+    n_predict: int
+    seed: int
+    id_slot: int
+    cache_prompt: bool
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    repeat_penalty: float
+    stop: tuple[str, ...]
+    stream: bool = True
+    # Progress events during prefill make a long prompt different from a hang.
+    return_progress: bool = True
+    # Without this the last event repeats the whole prompt and every setting.
+    response_fields: tuple[str, ...] = (
+        "content", "stop", "tokens_predicted", "tokens_evaluated", "stop_type", "timings",
+    )  # fmt: skip
+    samplers: tuple[str, ...] = ("penalties", "top_k", "top_p", "min_p", "temperature")
+
+
+class SlotState(msgspec.Struct, frozen=True):
+    id: int
+    is_processing: bool
+
+
+class GenerationSettings(msgspec.Struct, frozen=True):
+    n_ctx: int
+
+
+class Props(msgspec.Struct, frozen=True):
+    """What we read of /props."""
+
+    total_slots: int
+    default_generation_settings: GenerationSettings
+    build_info: str = ""
+
+
+class _Tokens(msgspec.Struct, frozen=True):
+    tokens: list[int]
+
+
+class _Prompt(msgspec.Struct, frozen=True):
+    prompt: str
+
+
+_decode_event = msgspec.json.Decoder(CompletionEvent).decode
+_decode_fault = msgspec.json.Decoder(FaultBody).decode
+_encode = msgspec.json.Encoder().encode
+
+
+class LlamaClient:
+    """Speaks to one worker. Safe for concurrent use; holds no connection between requests."""
+
+    def __init__(self, socket_path: Path, api_key: str) -> None:
+        self._socket_path = str(socket_path)
+        self._api_key = api_key
+
+    async def props(self) -> Props:
+        """What the engine granted: slots, and tokens of context per slot."""
+        return await self._ask("GET", "/props", None, Props)
+
+    async def slots(self) -> list[SlotState]:
+        """Which slots are decoding now."""
+        return await self._ask("GET", "/slots", None, list[SlotState])
+
+    async def count_tokens(self, text: str) -> int:
+        """Tokens of `text` with the start-of-text token."""
+        return len((await self._ask("POST", "/tokenize", {"content": text, "add_special": True}, _Tokens)).tokens)
+
+    async def apply_template(self, messages: list[dict[str, str]]) -> str:
+        """The prompt that the model's chat template makes of `messages`."""
+        return (await self._ask("POST", "/apply-template", {"messages": messages}, _Prompt)).prompt
+
+    async def erase(self, slot: int) -> None:
+        """Forget what an idle slot holds."""
+        await self.request("POST", f"/slots/{slot}?action=erase", {})
+
+    async def request(self, method: str, path: str, body: object = None) -> bytes:
+        """One request, the whole body of its answer. Raises JobRefused for 4xx and WorkerLost for the rest."""
+        exchange = Exchange(self._socket_path)
+        try:
+            async with asyncio.timeout(_REQUEST_TIMEOUT_S):
+                await exchange.send(method, path, self._api_key, _to_json(body))
+                answer = await exchange.read_all()
+        except TimeoutError as error:
+            raise WorkerLost(f"{method} {path} had no answer within {_REQUEST_TIMEOUT_S:.0f} s") from error
+        finally:
+            exchange.close()
+        if exchange.http_status != 200:
+            raise _refusal(exchange.http_status, answer)
+        return answer
+
+    def complete(self, body: CompletionBody, idle_timeout_s: float) -> CompletionStream:
+        """A completion's stream, not yet sent."""
+        return CompletionStream(self._socket_path, self._api_key, body, idle_timeout_s)
+
+    async def _ask(self, method: str, path: str, body: object, kind: type[T]) -> T:
+        answer = await self.request(method, path, body)
+        try:
+            return msgspec.json.decode(answer, type=kind)
+        except msgspec.DecodeError as error:
+            raise WorkerLost(f"{method} {path} was answered with nonsense") from error
+
+
+class CompletionStream:
+    """One run's events. Iterate `events` to its end, or call `close` to cancel."""
+
+    def __init__(self, socket_path: str, api_key: str, body: CompletionBody, idle_timeout_s: float) -> None:
+        self._exchange = Exchange(socket_path)
+        self._api_key = api_key
+        self._body = body
+        self._idle = _IdleWatch(idle_timeout_s, self._exchange.close)
+
+    async def events(self) -> AsyncGenerator[CompletionEvent, None]:
+        """Events up to the terminal one (`stop`). Raises JobRefused, DecodeStalled, or WorkerLost when the stream ends
+        without its terminal event. The caller closes the stream, so that a cancel may still look at it."""
+        try:
+            self._idle.start()
+            await self._exchange.send("POST", "/completion", self._api_key, _to_json(self._body))
+            if await self._exchange.read_head() != 200:
+                raise _refusal(self._exchange.http_status, await self._exchange.read_all())
+            async for event in self._decoded():
+                yield event
+        except WorkerLost as error:
+            if self._idle.has_fired:
+                raise DecodeStalled(f"no token came for {self._idle.seconds:g} s") from error
+            raise
+        finally:
+            self._idle.stop()
+
+    async def _decoded(self) -> AsyncGenerator[CompletionEvent, None]:
+        tail = b""
+        while data := await self._next_data():
+            *lines, tail = (tail + data).split(b"\n")
+            if len(tail) > _LINE_BYTES_MAX:
+                raise WorkerLost("the worker sent a line longer than any honest one")
+            for line in lines:
+                event = _event_of(line)
+                if event is None:
+                    continue
+                self._idle.touch()
+                yield event
+                if event.stop:
+                    return
+        raise WorkerLost("the stream ended without its terminal event")
+
+    async def _next_data(self) -> bytes:
+        self._idle.is_waiting = True
+        try:
+            return await self._exchange.read_some()
+        finally:
+            self._idle.is_waiting = False
+
+    async def has_started(self, within_s: float) -> bool:
+        """Whether the engine began to answer, waiting for it if need be. A request that is canceled before may still
+        sit in the engine's queue, where /slots does not show it."""
+        with suppress(TimeoutError, EngineError):
+            async with asyncio.timeout(within_s):
+                await self._exchange.read_head()
+        return self._exchange.http_status != 0
+
+    def close(self) -> None:
+        """Drop the connection. Idempotent."""
+        self._idle.stop()
+        self._exchange.close()
+
+
+class _IdleWatch:
+    """Closes a stream on which nothing came for too long. One timer for each period of silence, none for each token;
+    time in which nobody reads the stream is not the engine's."""
+
+    def __init__(self, seconds: float, fire: Callable[[], None]) -> None:
+        self.seconds = seconds
+        self.has_fired = False
+        self.is_waiting = True
+        self._fire = fire
+        self._loop = asyncio.get_running_loop()
+        self._touched_at = 0.0
+        self._timer: asyncio.TimerHandle | None = None
+
+    def start(self) -> None:
+        self.touch()
+        self._timer = self._loop.call_later(self.seconds, self._look)
+
+    def touch(self) -> None:
+        self._touched_at = self._loop.time()
+
+    def stop(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _look(self) -> None:
+        if not self.is_waiting:
+            self.touch()
+        left = self._touched_at + self.seconds - self._loop.time()
+        if left > 0:
+            self._timer = self._loop.call_later(left, self._look)
+        else:
+            self.has_fired = True
+            self._fire()
+
+
+def completion_body(job: Job, slots: int) -> CompletionBody:
+    """The job in the dialect's words. Raises JobRefused for a value out of its range."""
+    sampling = job.sampling
+    checks = {
+        "max_tokens": 1 <= job.max_tokens <= _INT32_MAX,
+        "seed": job.seed >= 0,
+        "slot": 0 <= job.slot < slots,  # llama.cpp takes a higher one modulo the slots
+        "temperature": 0.0 <= sampling.temperature <= 100.0,
+        "top_k": 0 <= sampling.top_k <= _INT32_MAX,
+        "top_p": 0.0 <= sampling.top_p <= 1.0,
+        "min_p": 0.0 <= sampling.min_p <= 1.0,
+        "repeat_penalty": 0.0 < sampling.repeat_penalty <= 100.0,
+        "stop": len(sampling.stop) <= _STOP_STRINGS_MAX and all(sampling.stop),
+    }
+    wrong = [name for name, is_in_range in checks.items() if not is_in_range]
+    if wrong:
+        raise JobRefused(f"out of range: {', '.join(wrong)}")
+    return CompletionBody(
+        prompt=job.prompt,
+        n_predict=job.max_tokens,
+        seed=map_seed(job.seed),
+        id_slot=job.slot,
+        cache_prompt=job.reuse_kv,
+        temperature=sampling.temperature,
+        top_k=sampling.top_k,
+        top_p=sampling.top_p,
+        min_p=sampling.min_p,
+        repeat_penalty=sampling.repeat_penalty,
+        stop=sampling.stop,
+    )
+
+
+def _event_of(line: bytes) -> CompletionEvent | None:
+    """The event on one line of the stream; None for blank lines, comments and the closing [DONE]."""
+    if line.startswith(b"data: "):
+        payload = line[6:].rstrip(b"\r")
+        if payload == b"[DONE]":
+            return None
+        try:
+            event = _decode_event(payload)
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            raise WorkerLost("the worker sent an event that is not one") from error
+        if event.error is not None:
+            raise _as_exception(event.error)
+        return event
+    if line.startswith(b"error: "):  # how older builds word a failure in mid-stream
+        raise _refusal(500, b'{"error":' + line[7:] + b"}")
+    return None
+
+
+def _to_json(body: object) -> bytes:
+    if body is None:
+        return b""
+    try:
+        return _encode(body)
+    except UnicodeEncodeError as error:
+        raise JobRefused("the text holds a lone surrogate, which is not valid Unicode") from error
+
+
+def _refusal(http_status: int, body: bytes) -> EngineError:
+    """What a failed answer means."""
+    try:
+        fault = _decode_fault(body).error
+    except msgspec.DecodeError:
+        fault = Fault(message=f"HTTP {http_status}", code=http_status)
+    return _as_exception(fault)
+
+
+def _as_exception(fault: Fault) -> EngineError:
+    """A fault of the job (4xx, or a context that ran full in mid-stream) leaves the worker sound, others do not."""
+    if 400 <= fault.code < 500 and fault.code != 401:
+        return JobRefused(fault.message)
+    if "context size" in fault.message.lower():
+        return JobRefused(fault.message)
+    return WorkerLost(f"the engine failed: {fault.message}")

@@ -1,0 +1,166 @@
+"""The Worker that both real engines share: a WorkerProcess that speaks llama-server's dialect, and its client.
+
+Invariant: when `generate` has ended, in whatever way, the slot does not decode any more, or the process is being
+killed. A cancel is not over when the connection is closed but when /slots says so.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import AsyncGenerator, Mapping
+from contextlib import suppress
+
+from llama_orch.engines.base import (
+    Chunk,
+    Completion,
+    EngineError,
+    Job,
+    JobRefused,
+    LoadFailed,
+    ReplicaSpec,
+    WorkerFacts,
+    WorkerLost,
+)
+from llama_orch.engines.client import CompletionEvent, CompletionStream, LlamaClient, Timings, completion_body
+from llama_orch.engines.process import STALL_TIMEOUT_S, WorkerProcess
+
+_CANCEL_LIMIT_S = 2.0
+_START_WAIT_S = 0.25
+_POLL_FIRST_S = 0.001
+_POLL_MAX_S = 0.05
+
+
+class HttpWorker:
+    """One running replica of llamacpp or ctransformers."""
+
+    def __init__(self, process: WorkerProcess, client: LlamaClient, spec: ReplicaSpec, has_chat_template: bool) -> None:
+        self._process = process
+        self._client = client
+        self._spec = spec
+        self._has_chat_template = has_chat_template
+        self._launched_at = asyncio.get_running_loop().time()
+
+    async def ready(self) -> WorkerFacts:
+        """See Worker.ready. Facts are what the engine granted, which may be another context than was asked for."""
+        line = await self._process.ready()
+        try:
+            props = await self._client.props()
+        except BaseException as error:
+            await self._process.kill()
+            if isinstance(error, EngineError):
+                raise LoadFailed(f"the worker loaded the model but does not answer: {error}") from error
+            raise
+        return WorkerFacts(
+            engine_version=line.engine_version,
+            slots=props.total_slots,
+            ctx=props.default_generation_settings.n_ctx,
+            load_ms=round((asyncio.get_running_loop().time() - self._launched_at) * 1000),
+            pid=self._process.pid,
+            buffer_bytes=dict(self._process.log.buffer_bytes),
+        )
+
+    async def lost(self) -> str:
+        return await self._process.lost()
+
+    async def count_tokens(self, text: str) -> int:
+        return await self._client.count_tokens(text)
+
+    async def render_chat(self, messages: list[dict[str, str]]) -> str:
+        # llama.cpp would fall back to a template of its own that this model was never trained on.
+        if not self._has_chat_template:
+            raise JobRefused("the model has no chat template: send a prompt instead of messages")
+        return await self._client.apply_template(messages)
+
+    async def evict(self, slot: int) -> None:
+        if not 0 <= slot < self._spec.slots:
+            raise JobRefused(f"there is no slot {slot}")
+        await self._client.erase(slot)
+
+    async def generate(self, job: Job) -> AsyncGenerator[Chunk | Completion, None]:
+        stream = self._client.complete(completion_body(job, self._spec.slots), job.idle_timeout_s)
+        last = CompletionEvent()
+        try:
+            async for event in stream.events():
+                new = event.tokens_predicted - last.tokens_predicted
+                if new < 0:
+                    raise WorkerLost("the engine counts its tokens backwards")
+                last = event
+                if event.content or new:
+                    yield Chunk(event.content, new)
+        except GeneratorExit:
+            await self._cancel(stream, job.slot)
+            raise
+        except asyncio.CancelledError:
+            # The cancel itself must go on upwards; a worker that does not stop is killed, and `lost` tells.
+            with suppress(WorkerLost):
+                await self._cancel(stream, job.slot)
+            raise
+        finally:
+            stream.close()
+        # Outside of the block above: who leaves after the last item has nothing to cancel.
+        yield _completion(last)
+
+    async def stop(self, grace_s: float) -> None:
+        await self._process.stop(grace_s)
+
+    async def _cancel(self, stream: CompletionStream, slot: int) -> None:
+        """Close the stream and wait until the slot is free; a worker that goes on decoding is killed."""
+        await stream.has_started(_START_WAIT_S)
+        stream.close()
+        try:
+            async with asyncio.timeout(_CANCEL_LIMIT_S):
+                await self._slot_is_free(slot)
+        except TimeoutError as error:
+            self._process.kill_soon()
+            raise WorkerLost(f"slot {slot} went on decoding for {_CANCEL_LIMIT_S:g} s after its cancel") from error
+        except asyncio.CancelledError:
+            self._process.kill_soon()
+            raise
+
+    async def _slot_is_free(self, slot: int) -> None:
+        pause_s = _POLL_FIRST_S
+        while any(state.id == slot and state.is_processing for state in await self._client.slots()):
+            await asyncio.sleep(pause_s)
+            pause_s = min(pause_s * 2, _POLL_MAX_S)
+
+
+async def launch_worker(
+    module: str,
+    engine: str,
+    spec: ReplicaSpec,
+    has_chat_template: bool,
+    settings: Mapping[str, object],
+    stall_timeout_s: float = STALL_TIMEOUT_S,
+) -> HttpWorker:
+    """Start workers/<module> for `spec`, with the engine's own `settings` beside those that every worker takes."""
+    fields = {"engine": engine, "pool_id": spec.pool_id, "replica_id": spec.replica_id}
+    process = WorkerProcess(f"llama_orch.workers.{module}", fields, stall_timeout_s)
+    socket_path = process.folder / "engine.sock"
+    api_key = secrets.token_hex(32)
+    configuration = {
+        "model_path": str(spec.model_path.absolute()),
+        "socket_path": str(socket_path),
+        "api_key": api_key,
+        "slots": spec.slots,
+        "ctx": spec.ctx,
+        "threads": spec.threads,
+        "gpu": spec.backend == "cuda",
+        "tensor_split": list(spec.tensor_split),
+        "slot_save_path": f"{process.folder}/",
+        **settings,
+    }
+    await process.start(configuration, spec.device_uuids, secret=api_key)
+    return HttpWorker(process, LlamaClient(socket_path, api_key), spec, has_chat_template)
+
+
+def _completion(event: CompletionEvent) -> Completion:
+    timings = event.timings or Timings()
+    return Completion(
+        tokens_in=event.tokens_evaluated,
+        tokens_out=event.tokens_predicted,
+        tokens_cached=timings.cache_n,
+        prefill_ms=timings.prompt_ms or 0.0,
+        decode_ms=timings.predicted_ms or 0.0,
+        finish_reason="length" if event.stop_type == "limit" else "stop",
+    )

@@ -1,0 +1,118 @@
+"""The llamacpp engine: llama.cpp's server, hosted by our worker (xllamacpp) or as the user's own `llama-server` binary.
+
+Both launchers serve the same routes on a Unix socket, so they differ in the worker's module and nothing else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import subprocess
+from functools import cached_property
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Literal
+
+from llama_orch.engines.base import EngineTraits, LoadFailed, ReplicaSpec
+from llama_orch.engines.http_worker import HttpWorker, launch_worker
+from llama_orch.engines.process import STALL_TIMEOUT_S, worker_environment
+from llama_orch.models.gguf import GgufError, read_gguf_header
+from llama_orch.workers.llama_server import refused_argument
+
+Launcher = Literal["embedded", "binary"]
+
+_PROBE_TIMEOUT_S = 10.0
+_VERSION = re.compile(r"version: (\d+) \((\w+)\)")
+
+_DETERMINISM = (
+    "strict: the same bytes for the same seed while the task has its replica to itself, with the prompt evaluated from "
+    "its first token; beside other running sequences about 1 stream in 32 differs on a CPU"
+)
+
+
+class LlamaCppEngine:
+    """Launches llama.cpp workers. `cache_ram_mib` bounds llama.cpp's own prompt cache in host memory, per worker."""
+
+    def __init__(
+        self,
+        launcher: Launcher = "embedded",
+        binary: Path | None = None,
+        extra_args: tuple[str, ...] = (),
+        cache_ram_mib: int = 0,
+        stall_timeout_s: float = STALL_TIMEOUT_S,
+    ) -> None:
+        refused = refused_argument(extra_args)
+        if refused:
+            raise ValueError(f"extra_args may not have {refused}: the service sets it, or it would open a door")
+        if launcher == "binary" and binary is None:
+            raise ValueError("the launcher 'binary' needs the path of a llama-server binary")
+        if launcher == "embedded" and extra_args:
+            raise ValueError("extra_args are for the launcher 'binary'")
+        self._launcher = launcher
+        self._binary = binary
+        self._extra_args = extra_args
+        self._cache_ram_mib = cache_ram_mib
+        self._stall_timeout_s = stall_timeout_s
+
+    @cached_property
+    def traits(self) -> EngineTraits:
+        return EngineTraits(
+            name="llamacpp",
+            version=embedded_version() if self._binary is None else binary_version(self._binary),
+            workloads=("completion",),
+            determinism=_DETERMINISM,
+            strict_needs_exclusive=True,
+            features=("chat", "kv_reuse", "min_p"),
+        )
+
+    def refusal(self, model_path: Path) -> str | None:
+        """llama.cpp itself knows which architectures it loads; here the file only has to be whole and in one piece."""
+        try:
+            header = read_gguf_header(model_path)
+        except (GgufError, OSError) as error:
+            return str(error)
+        if header.is_split:
+            return "the model is one part of a split GGUF: merge the parts with llama-gguf-split first"
+        return None
+
+    async def launch(self, spec: ReplicaSpec) -> HttpWorker:
+        try:
+            header = await asyncio.to_thread(read_gguf_header, spec.model_path)
+        except (GgufError, OSError) as error:
+            raise LoadFailed(str(error)) from error
+        settings: dict[str, object] = {"cache_ram_mib": self._cache_ram_mib}
+        if self._binary is not None:
+            settings |= {"binary": str(self._binary.absolute()), "extra_args": list(self._extra_args)}
+        return await launch_worker(
+            "llamacpp" if self._binary is None else "llama_server",
+            "llamacpp",
+            spec,
+            has_chat_template=header.chat_template is not None,
+            settings=settings,
+            stall_timeout_s=self._stall_timeout_s,
+        )
+
+
+def embedded_version() -> str:
+    """xllamacpp's version, which names the llama.cpp build, without loading its 100 MB library."""
+    try:
+        return version("xllamacpp")
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def binary_version(binary: Path) -> str:
+    """The build of a llama-server binary, as it prints it; "unknown" when it cannot be asked."""
+    try:
+        answer = subprocess.run(
+            [str(binary), "--version"],
+            env=worker_environment({}, ()),
+            capture_output=True,
+            text=True,
+            timeout=_PROBE_TIMEOUT_S,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired, UnicodeDecodeError):
+        return "unknown"
+    found = _VERSION.search(answer.stdout + answer.stderr)
+    return f"b{found[1]}-{found[2]}" if found else "unknown"

@@ -1,0 +1,85 @@
+"""Hosts llama.cpp's own HTTP server, through xllamacpp, on a Unix socket.
+
+Everything that can change the bytes of an answer is pinned here rather than left to a default: batch sizes, separate KV
+per slot, no automatic fitting. Flash attention stays automatic: it follows from the model and the device.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llama_orch.workers import lifeline
+
+# Logits depend on how a prompt is cut into batches (17 of 64 streams differed between 64 and 512), so both are fixed.
+N_BATCH = 2048
+N_UBATCH = 512
+ALL_LAYERS = 999
+# Each open stream holds one HTTP thread; the rest answer /slots, /tokenize and /health meanwhile.
+SPARE_HTTP_THREADS = 6
+# The lowest level that still prints what was allocated. It prints no prompts (measured with build 11549).
+LOG_VERBOSITY = 4
+
+
+def main(line: lifeline.Lifeline) -> object:
+    """Load the model and serve. Returns the server, which ends when it is collected."""
+    import xllamacpp
+
+    configuration = line.configuration
+    if configuration["gpu"] and not _has_gpu(xllamacpp):
+        raise RuntimeError("the installed xllamacpp has no GPU backend, or sees no GPU; install its CUDA wheel")
+    server = xllamacpp.Server(parameters(xllamacpp, configuration))
+    line.ready(engine_version=_version(xllamacpp), address=server.listening_address)
+    return server
+
+
+def parameters(xllamacpp: Any, configuration: dict[str, Any]) -> Any:
+    """llama.cpp's parameters for our configuration line."""
+    slots = configuration["slots"]
+    settings = {
+        "hostnames": [configuration["socket_path"]],
+        "api_keys": [configuration["api_key"]],
+        "n_parallel": slots,
+        "n_ctx": slots * configuration["ctx"],
+        "kv_unified": False,
+        "n_batch": N_BATCH,
+        "n_ubatch": N_UBATCH,
+        "n_gpu_layers": ALL_LAYERS if configuration["gpu"] else 0,
+        "n_threads_http": slots + SPARE_HTTP_THREADS,
+        "cache_ram_mib": configuration["cache_ram_mib"],
+        "cache_idle_slots": False,
+        "slot_save_path": configuration["slot_save_path"],
+        "endpoint_slots": True,
+        "endpoint_metrics": True,
+        "endpoint_props": False,
+        "ui": False,
+        "ui_mcp_proxy": False,
+        "server_tools": [],
+        "offline": True,
+        "fit_params": False,
+        "warmup": configuration["gpu"],
+        "verbosity": LOG_VERBOSITY,
+    }
+    params = xllamacpp.CommonParams()
+    params.model.path = configuration["model_path"]
+    params.cpuparams.n_threads = configuration["threads"]
+    params.cpuparams_batch.n_threads = configuration["threads"]
+    if configuration["tensor_split"]:
+        split = list(configuration["tensor_split"])
+        settings["tensor_split"] = split + [0.0] * (len(params.tensor_split) - len(split))
+    for name, value in settings.items():
+        setattr(params, name, value)
+    return params
+
+
+def _has_gpu(xllamacpp: Any) -> bool:
+    return any("TYPE_GPU" in str(device["type"]) for device in xllamacpp.get_device_info())
+
+
+def _version(xllamacpp: Any) -> str:
+    build = xllamacpp.BUILD_INFO
+    known = f"+b{build['build_number']}.{build['commit']}" if build.get("build_number") else ""
+    return f"{xllamacpp.__version__}{known}"
+
+
+if __name__ == "__main__":
+    lifeline.run(main)

@@ -1,0 +1,1 @@
+"""Tests of the engine layer and of the workers behind it."""

@@ -1,0 +1,54 @@
+"""Fixtures of the engine tests: the packaged model, and a stand-in for the llama-server binary."""
+
+from __future__ import annotations
+
+import stat
+import sys
+from pathlib import Path
+
+import pytest
+
+import llama_orch
+
+# Real llama.cpp behind the flag names of the real binary: the release archives of llama-server are not on PyPI.
+_STAND_IN = """#!{python}
+import argparse, threading
+p = argparse.ArgumentParser()
+for name in ("model", "host", "api-key-file", "slot-save-path", "fit", "tensor-split"):
+    p.add_argument("--" + name)
+for name in ("parallel", "ctx-size", "batch-size", "ubatch-size", "threads", "threads-batch", "threads-http"):
+    p.add_argument("--" + name, type=int)
+for name in ("n-gpu-layers", "cache-ram", "log-verbosity"):
+    p.add_argument("--" + name, type=int)
+for name in ("no-kv-unified", "slots", "metrics", "no-webui", "offline", "no-warmup", "version"):
+    p.add_argument("--" + name, action="store_true")
+a = p.parse_args()
+if a.version:
+    print("version: 11549 (64fbe0f)")
+    raise SystemExit
+import xllamacpp
+c = xllamacpp.CommonParams()
+c.model.path, c.hostnames, c.api_keys = a.model, [a.host], [open(a.api_key_file).read().strip()]
+c.n_parallel, c.n_ctx, c.n_batch, c.n_ubatch = a.parallel, a.ctx_size, a.batch_size, a.ubatch_size
+c.cpuparams.n_threads, c.cpuparams_batch.n_threads, c.n_threads_http = a.threads, a.threads_batch, a.threads_http
+c.n_gpu_layers, c.cache_ram_mib, c.slot_save_path = a.n_gpu_layers, a.cache_ram, a.slot_save_path
+c.kv_unified, c.endpoint_slots, c.endpoint_metrics = not a.no_kv_unified, a.slots, a.metrics
+c.ui, c.offline, c.warmup, c.fit_params, c.verbosity = not a.no_webui, a.offline, not a.no_warmup, a.fit != "off", 4
+server = xllamacpp.Server(c)
+threading.Event().wait()
+"""
+
+
+@pytest.fixture(scope="session")
+def tiny_model() -> Path:
+    """The model that comes with the package."""
+    return Path(llama_orch.__file__).parent / "models" / "tiny.gguf"
+
+
+@pytest.fixture
+def llama_server(tmp_path: Path) -> Path:
+    """An executable that takes llama-server's flags and is llama.cpp."""
+    path = tmp_path / "llama-server"
+    path.write_text(_STAND_IN.format(python=sys.executable))
+    path.chmod(path.stat().st_mode | stat.S_IXUSR)
+    return path
