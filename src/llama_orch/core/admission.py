@@ -41,16 +41,12 @@ def incapacity(spec: PoolSpec, request: TaskRequest) -> str | None:
         return (
             f"pool {spec.pool_id} cannot do workload {request.workload.value!r}; it does: {', '.join(spec.workloads)}"
         )
-    for field, feature, is_asked in (
-        ("messages", "chat", request.messages is not None),
-        (
-            "sampling.json_schema",
-            "json_schema",
-            request.sampling is not UNSET and request.sampling.json_schema is not None,
-        ),
-        ("sampling.grammar", "grammar", request.sampling is not UNSET and request.sampling.grammar is not None),
-    ):
-        if is_asked and feature not in spec.features:
+    asked = [("messages", "chat")] if request.messages is not None else []
+    if request.sampling is not UNSET:
+        names = ("min_p", "json_schema", "grammar")  # each a feature of that name
+        asked += [(f"sampling.{name}", name) for name in names if getattr(request.sampling, name) is not None]
+    for field, feature in asked:
+        if feature not in spec.features:
             return f"pool {spec.pool_id} ({spec.engine}) does not offer `{field}`; leave it out"
     return None
 

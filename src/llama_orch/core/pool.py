@@ -57,6 +57,7 @@ class Replica:
     restarts: int = 0
     losses_in_a_row: int = 0
     ready_since_s: float | None = None
+    loading_since_s: float = 0.0
     retry_at_s: float | None = None  # set in state `backoff` only
     last_error: str | None = None
 
@@ -102,8 +103,8 @@ class Replica:
         self.state = ReplicaState.BACKOFF
         self.retry_at_s = now + min(BACKOFF_MAX_S, BACKOFF_FIRST_S * 2 ** (self.losses_in_a_row - 1))
 
-    def mark_loading(self) -> None:
-        self.state, self.retry_at_s = ReplicaState.LOADING, None
+    def mark_loading(self, now: float) -> None:
+        self.state, self.loading_since_s, self.retry_at_s = ReplicaState.LOADING, now, None
         self.restarts += 1
 
     def mark_stopped(self) -> None:

@@ -64,6 +64,13 @@ class Predictor:
             wait_s = WAIT_GUESS_S * (1 + len(pool.queue) / max(1, pool.slots_total()))
         return min(ADVICE_MAX_MS, max(ADVICE_MIN_MS, round(wait_s * 1000)))
 
+    def ready_advice_ms(self, pool: Pool, now: float) -> int:
+        """When to ask again for a pool without a ready replica: for all that is known, a load takes as long again as it
+        has taken so far."""
+        waits = [now - r.loading_since_s for r in pool.replicas.values() if r.state is ReplicaState.LOADING]
+        waits += [r.retry_at_s - now for r in pool.replicas.values() if r.retry_at_s is not None]
+        return min(ADVICE_MAX_MS, max(ADVICE_MIN_MS, round(min(waits, default=0.0) * 1000)))
+
     def on_time(self, task: Task, start_in_s: float | None, now: float) -> float | None:
         """Chance that the task meets its deadline; None without one or before anything was measured."""
         speeds = self.speeds(task.pool_id)

@@ -15,23 +15,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from llama_orch.contract.models import ReplicaState, TaskRequest, TaskState
-from llama_orch.core import admission, placement
+from llama_orch.core import admission, placement, refusals
 from llama_orch.core.effects import Abort, Admitted, Effect, Ended, Forget, Load, Start
 from llama_orch.core.pool import Device, Pool, Replica
 from llama_orch.core.prediction import Predictor
 from llama_orch.core.queue import QueueFull
 from llama_orch.core.task import ENDED, Outcome, Task, TaskEvent
-from llama_orch.errors import (
-    AdmissionReject,
-    Canceled,
-    Conflict,
-    DeadlineUnmet,
-    LlorchError,
-    NotFound,
-    PoolUnavailable,
-    QueueFullDropLru,
-    WorkerReset,
-)
+from llama_orch.errors import Conflict, LlorchError, NotFound
 
 RETAINED_MAX = 10_000  # ended tasks kept at most, however long the time of retention is
 
@@ -124,25 +114,15 @@ class Scheduler:
 
     def _check_open(self, pool: Pool) -> None:
         if self.is_draining or pool.is_draining:
-            raise PoolUnavailable(
-                "the service is ending and takes no new tasks; repeat once it is back",
-                engine=pool.spec.engine,
-                retry_after_ms=5000,
-            )
+            raise refusals.ending(pool)
         if not pool.is_live:
-            raise self._gone(pool)
+            raise refusals.gone(pool)
 
     def _check_deadline(self, pool: Pool, task: Task, now: float) -> None:
         wait_s = self.predictor.newcomer_wait_s(pool, task, self.tasks, now)
         if task.deadline_s is None or wait_s is None or now + wait_s < task.deadline_s:
             return
-        raise DeadlineUnmet(
-            f"the task would start in {wait_s * 1000:.0f} ms, after its deadline of {task.request.deadline_ms} ms; "
-            "allow more time or repeat later",
-            engine=pool.spec.engine,
-            retry_after_ms=self.predictor.advice_ms(pool, self.tasks, now),
-            policy_label="deadline",
-        )
+        raise refusals.cannot_be_met(pool, task, wait_s, self.predictor.advice_ms(pool, self.tasks, now))
 
     def _enqueue(self, pool: Pool, task: Task, now: float) -> None:
         """Start at once when nobody is ahead and a slot is free; else queue."""
@@ -154,30 +134,13 @@ class Scheduler:
             except QueueFull:
                 del self.tasks[task.task_id]
                 self._effects.pop()
-                raise self._full(pool, now) from None
+                raise refusals.full(pool, self.predictor.advice_ms(pool, self.tasks, now)) from None
             if dropped is not None:
-                self._end(self.tasks[dropped], TaskEvent.FAIL, now, self._dropped(pool, now))
+                wait_ms = self.predictor.advice_ms(pool, self.tasks, now)
+                self._end(self.tasks[dropped], TaskEvent.FAIL, now, refusals.dropped(pool, wait_ms))
                 self._dispatch(pool, now)  # the dropped one may have been a head that nobody could pass
         if task.deadline_s is not None:
             insort(self._deadlines, (task.deadline_s, task.number, task.task_id))
-
-    def _full(self, pool: Pool, now: float) -> AdmissionReject:
-        wait_ms = self.predictor.advice_ms(pool, self.tasks, now)
-        return AdmissionReject(
-            f"the queue of pool {pool.spec.pool_id} is full ({len(pool.queue)} tasks wait); repeat in {wait_ms} ms",
-            engine=pool.spec.engine,
-            retry_after_ms=wait_ms,
-            policy_label=pool.queue.full_policy,
-        )
-
-    def _dropped(self, pool: Pool, now: float) -> QueueFullDropLru:
-        wait_ms = self.predictor.advice_ms(pool, self.tasks, now)
-        return QueueFullDropLru(
-            f"dropped from the full queue of pool {pool.spec.pool_id} for a newer task; repeat in {wait_ms} ms",
-            engine=pool.spec.engine,
-            retry_after_ms=wait_ms,
-            policy_label=pool.queue.full_policy,
-        )
 
     # -- starting ----------------------------------------------------------------------------------------------------
 
@@ -207,7 +170,7 @@ class Scheduler:
         """End a task for its client. Nothing when it has ended already (HP-STR-6)."""
         task = self.known(task_id)
         if task.state not in ENDED:
-            self._end(task, TaskEvent.CANCEL, now, Canceled("the task was canceled; submit it again if it is needed"))
+            self._end(task, TaskEvent.CANCEL, now, refusals.canceled())
             self._dispatch(self.pools[task.pool_id], now)
 
     # What engines report comes late at times: a lost replica's tasks have ended by then, or are forgotten.
@@ -228,14 +191,15 @@ class Scheduler:
         self._release(task, now)
         self._dispatch(self.pools[task.pool_id], now)
 
-    def failed(self, task_id: str, error: LlorchError, now: float) -> None:
-        """The engine gave up on the task, and its slot is free."""
+    def failed(self, task_id: str, error: LlorchError, now: float, *, is_replica_sound: bool = True) -> None:
+        """The engine gave up on the task, and its slot is free; or `replica_lost` comes next, and frees it."""
         if (task := self.tasks.get(task_id)) is None:
             return
         if task.state is TaskState.RUNNING:
             self._end(task, TaskEvent.FAIL, now, error, abort=False)
-        self._release(task, now)
-        self._dispatch(self.pools[task.pool_id], now)
+        if is_replica_sound:
+            self._release(task, now)
+            self._dispatch(self.pools[task.pool_id], now)
 
     def released(self, task_id: str, now: float) -> None:
         """The engine has let go of an aborted task's slot."""
@@ -286,29 +250,19 @@ class Scheduler:
         for task_id in dict.fromkeys(replica.leases.values()):
             task = self.tasks[task_id]
             if task.state is TaskState.RUNNING:
-                self._end(task, TaskEvent.FAIL, now, self._reset(pool, replica_id, reason))
+                self._end(task, TaskEvent.FAIL, now, refusals.reset(pool, replica_id, reason))
             self._release(task, now)
         replica.mark_lost(reason, now, may_restart=not self.is_draining)
         if not pool.is_live:
             self._fail_queue(pool, now)
 
-    def _reset(self, pool: Pool, replica_id: str, reason: str) -> WorkerReset:
-        return WorkerReset(
-            f"the worker of replica {replica_id} was lost ({reason}) and is started again; submit the task again",
-            engine=pool.spec.engine,
-            retry_after_ms=1000,
-        )
+    def replica_explained(self, replica_id: str, reason: str) -> None:
+        """The true reason of a loss that was first seen from its effects, such as a connection that broke."""
+        self.replicas[replica_id].last_error = reason
 
     def _fail_queue(self, pool: Pool, now: float) -> None:
         for task_id in list(pool.queue):
-            self._end(self.tasks[task_id], TaskEvent.FAIL, now, self._gone(pool))
-
-    def _gone(self, pool: Pool) -> PoolUnavailable:
-        return PoolUnavailable(
-            f"pool {pool.spec.pool_id} has no replica left ({pool.last_error}); mend that, then restart the service",
-            engine=pool.spec.engine,
-            retry_after_ms=60_000,
-        )
+            self._end(self.tasks[task_id], TaskEvent.FAIL, now, refusals.gone(pool))
 
     def device_seen(self, device_id: str, vram_free_bytes: int) -> None:
         """What the device layer measured."""
@@ -325,12 +279,7 @@ class Scheduler:
         for pool in self.pools.values():
             pool.is_draining = True
             for task_id in list(pool.queue):
-                error = PoolUnavailable(
-                    "the service is ending; submit the task again once it is back",
-                    engine=pool.spec.engine,
-                    retry_after_ms=5000,
-                )
-                self._end(self.tasks[task_id], TaskEvent.FAIL, now, error)
+                self._end(self.tasks[task_id], TaskEvent.FAIL, now, refusals.ending(pool))
 
     @property
     def is_idle(self) -> bool:
@@ -343,21 +292,12 @@ class Scheduler:
             self.forget_oldest()
         while self._deadlines and self._deadlines[0][0] <= now:
             task = self.tasks[self._deadlines[0][2]]
-            self._end(task, TaskEvent.FAIL, now, self._too_late(task))
+            self._end(task, TaskEvent.FAIL, now, refusals.too_late(self.pools[task.pool_id], task))
             self._dispatch(self.pools[task.pool_id], now)
         for replica in self.replicas.values():
             if replica.retry_at_s is not None and replica.retry_at_s <= now:
-                replica.mark_loading()
+                replica.mark_loading(now)
                 self._effects.append(Load(replica.replica_id))
-
-    def _too_late(self, task: Task) -> DeadlineUnmet:
-        where = "in the queue" if task.state is TaskState.QUEUED else "while decoding"
-        return DeadlineUnmet(
-            f"the deadline of {task.request.deadline_ms} ms passed {where}; allow more time or repeat later",
-            engine=self.pools[task.pool_id].spec.engine,
-            retry_after_ms=1000,
-            policy_label="deadline",
-        )
 
     def _retire(self, task: Task, now: float) -> None:
         """Once a task has ended and holds nothing, its time of retention begins."""

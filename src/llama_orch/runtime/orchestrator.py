@@ -70,8 +70,9 @@ class Orchestrator:
         self._wake = asyncio.Event()
         self._idle = asyncio.Event()
         self._retained_bytes = 0
+        self._fresh_until = 0.0
         self.streams_open = 0
-        replicas.listen(Listener(self._replica_ready, self._replica_lost))
+        replicas.listen(Listener(self._replica_ready, self._replica_lost, self.scheduler.replica_explained))
 
     # -- life --------------------------------------------------------------------------------------------------------
 
@@ -111,7 +112,8 @@ class Orchestrator:
             due = self.scheduler.next_due()
             wait_s = None if due is None else max(0.0, due - self._clock.now())
             if not self.scheduler.is_idle:
-                wait_s = FRESHEN_S if wait_s is None else min(FRESHEN_S, wait_s)
+                fresh_s = max(0.0, self._fresh_until - self._clock.now())
+                wait_s = fresh_s if wait_s is None else min(fresh_s, wait_s)
             self._wake.clear()
             with suppress(TimeoutError):
                 async with asyncio.timeout(wait_s):
@@ -120,7 +122,9 @@ class Orchestrator:
                 self.scheduler.device_seen(source.device.device_id, source.read_free_bytes())
             self.scheduler.tick(self._clock.now())
             self._perform()
-            self._freshen()
+            if self._clock.now() >= self._fresh_until:
+                self._fresh_until = self._clock.now() + FRESHEN_S
+                self._freshen()
 
     # -- the service's surface -----------------------------------------------------------------------------------------
 
@@ -182,7 +186,7 @@ class Orchestrator:
         raise PoolUnready(
             f"pool {pool.spec.pool_id} is loading its model; repeat shortly",
             engine=pool.spec.engine,
-            retry_after_ms=1000,
+            retry_after_ms=self.scheduler.predictor.ready_advice_ms(pool, self._clock.now()),
         )
 
     async def _render(self, worker: Worker, request: TaskRequest) -> Sequence[str]:

@@ -17,6 +17,7 @@ from llama_orch.engines.base import Engine, EngineError, LoadFailed, ReplicaSpec
 log = logging.getLogger("llama_orch.replicas")
 
 STOP_GRACE_S = 1.0
+EXPLAIN_WAIT_S = 0.25  # a broken connection is noticed before the death of the process that broke it
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +26,7 @@ class Listener:
 
     ready: Callable[[str, WorkerFacts, str], None]  # replica id, facts, model digest
     lost: Callable[[str, str], None]  # replica id, reason
+    explained: Callable[[str, str], None]  # replica id, the true reason of a loss that was reported before
 
 
 class Replicas:
@@ -97,7 +99,7 @@ class Replicas:
         self._workers[replica_id] = worker
         self._condemned[replica_id] = asyncio.get_running_loop().create_future()
         self._heard().ready(replica_id, facts, digest)
-        return await self._until_lost(worker, self._condemned[replica_id])
+        return await self._until_lost(replica_id, worker, self._condemned[replica_id])
 
     async def _until_ready(self, worker: Worker, spec: ReplicaSpec) -> tuple[str, WorkerFacts]:
         digest = asyncio.ensure_future(self._digest(spec.model_path))  # the file is read once for both
@@ -109,10 +111,15 @@ class Replicas:
         finally:
             digest.cancel()
 
-    async def _until_lost(self, worker: Worker, condemned: asyncio.Future[None]) -> str | None:
+    async def _until_lost(self, replica_id: str, worker: Worker, condemned: asyncio.Future[None]) -> str | None:
         lost = asyncio.ensure_future(worker.lost())
         try:
             await asyncio.wait((lost, condemned), return_when=asyncio.FIRST_COMPLETED)
-            return None if condemned.done() else lost.result()
+            if not condemned.done():
+                return lost.result()
+            await asyncio.wait((lost,), timeout=EXPLAIN_WAIT_S)
+            if lost.done():
+                self._heard().explained(replica_id, lost.result())
+            return None
         finally:
             lost.cancel()

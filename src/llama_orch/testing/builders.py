@@ -60,7 +60,7 @@ def a_spec(**overrides: Any) -> PoolSpec:
         "engine_version": "1.0",
         "model": MODEL,
         "workloads": ("completion",),
-        "features": ("chat", "json_schema", "grammar"),
+        "features": ("chat", "json_schema", "grammar", "min_p"),
         "slots": 4,
         "ctx": 2048,
         "max_tokens": 256,

@@ -1,0 +1,89 @@
+"""What a task is told when it is refused or ended before its time: the code, what happened, what to do next.
+
+Waits are computed by whoever refuses, from the present load (HP-ERR-2).
+"""
+
+from __future__ import annotations
+
+from llama_orch.contract.models import TaskState
+from llama_orch.core.pool import Pool
+from llama_orch.core.task import Task
+from llama_orch.errors import (
+    AdmissionReject,
+    Canceled,
+    DeadlineUnmet,
+    PoolUnavailable,
+    QueueFullDropLru,
+    WorkerReset,
+)
+
+# No load to compute a wait from: a restart takes some seconds, and a person some minutes.
+RESTART_MS = 5_000
+MENDING_MS = 60_000
+RESET_MS = 1_000
+
+
+def ending(pool: Pool) -> PoolUnavailable:
+    return PoolUnavailable(
+        "the service is ending and takes no new tasks; submit the task again once it is back",
+        engine=pool.spec.engine,
+        retry_after_ms=RESTART_MS,
+    )
+
+
+def gone(pool: Pool) -> PoolUnavailable:
+    return PoolUnavailable(
+        f"pool {pool.spec.pool_id} has no replica left ({pool.last_error}); mend that, then restart the service",
+        engine=pool.spec.engine,
+        retry_after_ms=MENDING_MS,
+    )
+
+
+def full(pool: Pool, wait_ms: int) -> AdmissionReject:
+    return AdmissionReject(
+        f"the queue of pool {pool.spec.pool_id} is full ({len(pool.queue)} tasks wait); repeat in {wait_ms} ms",
+        engine=pool.spec.engine,
+        retry_after_ms=wait_ms,
+        policy_label=pool.queue.full_policy,
+    )
+
+
+def dropped(pool: Pool, wait_ms: int) -> QueueFullDropLru:
+    return QueueFullDropLru(
+        f"dropped from the full queue of pool {pool.spec.pool_id} for a newer task; repeat in {wait_ms} ms",
+        engine=pool.spec.engine,
+        retry_after_ms=wait_ms,
+        policy_label=pool.queue.full_policy,
+    )
+
+
+def cannot_be_met(pool: Pool, task: Task, wait_s: float, wait_ms: int) -> DeadlineUnmet:
+    return DeadlineUnmet(
+        f"the task would start in {wait_s * 1000:.0f} ms, after its deadline of {task.request.deadline_ms} ms; "
+        "allow more time or repeat later",
+        engine=pool.spec.engine,
+        retry_after_ms=wait_ms,
+        policy_label="deadline",
+    )
+
+
+def too_late(pool: Pool, task: Task) -> DeadlineUnmet:
+    where = "in the queue" if task.state is TaskState.QUEUED else "while decoding"
+    return DeadlineUnmet(
+        f"the deadline of {task.request.deadline_ms} ms passed {where}; allow more time or repeat later",
+        engine=pool.spec.engine,
+        retry_after_ms=RESET_MS,
+        policy_label="deadline",
+    )
+
+
+def reset(pool: Pool, replica_id: str, reason: str) -> WorkerReset:
+    return WorkerReset(
+        f"the worker of replica {replica_id} was lost ({reason}) and is started again; submit the task again",
+        engine=pool.spec.engine,
+        retry_after_ms=RESET_MS,
+    )
+
+
+def canceled() -> Canceled:
+    return Canceled("the task was canceled; submit it again if it is needed")
