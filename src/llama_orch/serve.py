@@ -98,9 +98,11 @@ class _Program:
             await self._told_to_end.wait()
             log.info("draining: no new tasks, running ones may end")
             await self._finish_or_hurry(group)
+            # First the streams, which get their last frames, then the connections that carry them.
+            orchestration.cancel()
+            await asyncio.wait((orchestration,))
             self._server.should_exit = True
             await http
-            orchestration.cancel()
         return 0
 
     async def _finish_or_hurry(self, group: asyncio.TaskGroup) -> None:
@@ -108,7 +110,6 @@ class _Program:
         drain = group.create_task(self._orchestrator.drain(), name="drain")
         hurry = group.create_task(self._told_again.wait(), name="hurry")
         await asyncio.wait((drain, hurry), return_when=asyncio.FIRST_COMPLETED)
-        self._server.force_exit = self._told_again.is_set()
         drain.cancel()
         hurry.cancel()
 

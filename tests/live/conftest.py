@@ -1,0 +1,22 @@
+"""One service on both real engines for each test process; tests that hurt it start one of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from tests.live_service import LiveService, live_service
+
+POOLS: list[dict[str, Any]] = [
+    {"id": "default", "slots": 4, "ctx": 2048},
+    {"id": "second", "engine": "ctransformers", "ctx": 1024},
+]
+
+
+@pytest.fixture(scope="session")
+def service() -> Iterator[LiveService]:
+    """llama.cpp and ctransformers, each with the model that we ship."""
+    with live_service({"pools": POOLS}) as running:
+        yield running
