@@ -1,0 +1,103 @@
+"""What the service adds to the time to the first token, against the same llama.cpp worker called directly.
+
+    python benchmarks/added_latency.py [--rounds 200]
+
+Both in one run, in turns, each with a worker process of its own on the same model, so that a noisy machine is noisy for
+both. Prints milliseconds (minimum, median, maximum) from sending the request to the first token.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import AsyncIterator
+from contextlib import aclosing, asynccontextmanager
+from pathlib import Path
+
+import httpx
+
+from llama_orch.engines.base import Chunk, Job, ReplicaSpec, Sampling, Worker
+from llama_orch.engines.llamacpp import LlamaCppEngine
+from llama_orch.models.references import resolve
+
+PROMPT = "Once upon a time, in a little house by the sea, there lived"
+TOKENS = 8
+TOKEN = "benchmark-0123456789abcdefghijklmnop"
+
+
+async def direct_ms(worker: Worker, seed: int) -> float:
+    """The worker's own client, no queue, no HTTP of ours."""
+    job = Job(f"direct-{seed}", PROMPT, TOKENS, seed, Sampling(), slot=0)
+    began, first = time.perf_counter(), 0.0
+    async with aclosing(worker.generate(job)) as items:
+        async for item in items:
+            if isinstance(item, Chunk) and item.text and not first:
+                first = (time.perf_counter() - began) * 1000
+    return first
+
+
+async def through_ms(client: httpx.AsyncClient, seed: int) -> float:
+    """Submit and stream, as a client does."""
+    began, first = time.perf_counter(), 0.0
+    body = {"model_ref": "builtin:tiny", "prompt": PROMPT, "max_tokens": TOKENS, "seed": seed}
+    task_id = (await client.post("/v1/tasks", json=body)).json()["task_id"]
+    async with client.stream("GET", f"/v1/tasks/{task_id}/stream") as answer:
+        async for line in answer.aiter_lines():
+            if line == "event: token" and not first:
+                first = (time.perf_counter() - began) * 1000
+    return first
+
+
+@asynccontextmanager
+async def a_service(home: Path) -> AsyncIterator[httpx.AsyncClient]:
+    config = home / "config.yaml"
+    config.write_text(json.dumps({"pools": [{"slots": 1}], "logs": {"level": "warning"}}))
+    command = [sys.executable, "-P", "-m", "llama_orch.cli", "serve", "--port", "0", "--lifeline"]
+    env = {**os.environ, "LLORCH_HOME": str(home), "LLORCH_API_TOKEN": TOKEN}
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+    process = subprocess.Popen([*command, "--config", str(config)], env=env, **pipes)
+    try:
+        url = process.stdout.readline().decode().split()[-1]
+        async with httpx.AsyncClient(
+            base_url=url, headers={"Authorization": f"Bearer {TOKEN}"}, trust_env=False, timeout=60
+        ) as client:
+            while not (await client.get("/v1/pools/default")).json()["ready"]:
+                await asyncio.sleep(0.05)
+            yield client
+    finally:
+        process.stdin.close()
+        process.wait()
+
+
+async def main(rounds: int) -> None:
+    spec = ReplicaSpec("bench-0", "bench", resolve("builtin:tiny"), slots=1, ctx=2048, threads=1)
+    worker = await LlamaCppEngine().launch(spec)
+    direct, through = [], []
+    try:
+        await worker.ready()
+        with tempfile.TemporaryDirectory() as folder:
+            async with a_service(Path(folder)) as client:
+                for seed in range(rounds + 5):
+                    pair = await direct_ms(worker, seed), await through_ms(client, seed)
+                    if seed >= 5:  # the first few warm caches up
+                        direct.append(pair[0])
+                        through.append(pair[1])
+    finally:
+        await worker.stop(1.0)
+    added = [b - a for a, b in zip(direct, through, strict=True)]
+    print(f"{rounds} rounds in turns, ms to the first token: minimum, median, maximum")
+    for name, values in (("worker alone", direct), ("through the service", through), ("added, pair by pair", added)):
+        print(f"{name:22} {min(values):8.2f} {statistics.median(values):8.2f} {max(values):8.2f}")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=200)
+    asyncio.run(main(parser.parse_args().rounds))
