@@ -174,7 +174,10 @@ class Orchestrator:
                 prompts = await self._render(worker, request)
                 return prompts, [await worker.count_tokens(prompt) for prompt in prompts]
             except JobRefused as error:
-                raise InvalidParams(str(error), engine=pool.spec.engine) from error
+                hint = "; end `messages` with a `user` turn or send a `prompt`" if request.messages else ""
+                raise InvalidParams(
+                    f"{pool.spec.engine} refuses this: {error}{hint}", engine=pool.spec.engine
+                ) from error
             except EngineError as error:
                 log.warning("pool %s could not count tokens: %s", pool.spec.pool_id, error)
         prompts = _raw_prompts(request)

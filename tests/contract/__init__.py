@@ -1,0 +1,1 @@
+"""The contract's documents, and the running service against them."""

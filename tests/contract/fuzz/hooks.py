@@ -1,0 +1,236 @@
+"""Schemathesis' hooks and our checks, for `run.py`. Loaded by `st` inside its own process.
+
+Before the documents are used, `narrowed` writes into them what this installation adds to the contract: the models and
+profiles that it has, and the rules between fields. After that every request is either right, and must be admitted, or
+wrong, and must be refused; nothing in between hides a shallow run.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import re
+from collections import Counter
+from typing import Any
+
+import schemathesis
+from schemathesis import Case, CheckContext, HookContext, Response
+
+MODELS = json.loads(os.environ["FUZZ_MODELS"])  # the first is the real one
+IDS = json.loads(os.environ["FUZZ_IDS"])  # for paths, by their beginning: what is there, and what is not
+MAX_TOKENS = 16
+MAX_INPUTS = 3
+CTX = 2048
+TERMINAL = ("end", "error")
+
+seen: Counter[str] = Counter()
+_count: Counter[str] = Counter()
+
+_is_uuid = re.compile(r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}").fullmatch
+_is_correlation_id = re.compile(r"[!-~]{1,128}").fullmatch
+
+
+@atexit.register
+def write_seen() -> None:
+    """What this run has seen, for `run.py` to judge."""
+    with open(os.environ["FUZZ_SEEN"], "w") as file:
+        json.dump(seen, file)
+
+
+# -- the documents ---------------------------------------------------------------------------------------------------
+
+
+@schemathesis.hook
+def before_load_schema(context: HookContext, raw_schema: dict[str, Any]) -> None:
+    schemas = raw_schema["components"]["schemas"]
+    raw_schema["components"]["parameters"].get("Cursor", {})["schema"] = {"type": "string", "pattern": "^[0-9]{1,18}$"}
+    if "TaskRequest" in schemas:
+        schemas["TaskRequest"] = narrowed(schemas["TaskRequest"], schemas)
+    for item in raw_schema["paths"].values():
+        for operation in item.values():
+            if "x-sse-events" in operation:
+                operation["responses"]["200"]["content"]["text/event-stream"]["schema"] = one_of_events(operation)
+
+
+def one_of_events(operation: dict[str, Any]) -> dict[str, Any]:
+    """OpenAPI 3.0 cannot say what is in a stream; Schemathesis takes the schema as that of one event, and validates
+    what `contentSchema` says about its data."""
+    return {
+        "oneOf": [
+            {
+                "type": "object",
+                "required": ["id", "event", "data"],
+                "properties": {
+                    "id": {"type": "string", "pattern": "^[0-9]+$"},
+                    "event": {"type": "string", "enum": [event["name"]]},
+                    "data": {
+                        "type": "string",
+                        "contentMediaType": "application/json",
+                        "contentSchema": event["schema"],
+                    },
+                },
+            }
+            for event in operation["x-sse-events"]
+        ]
+    }
+
+
+def narrowed(request: dict[str, Any], schemas: dict[str, Any]) -> dict[str, Any]:
+    """TaskRequest as this installation takes it: one form of prompt, its own models, engines and profiles.
+
+    Texts have no greatest length here: what the context bounds is tokens, and megabytes only cost time.
+    """
+    properties = json.loads(json.dumps(request["properties"]))
+    schemas["ChatMessage"]["properties"]["content"].pop("maxLength")
+    properties["prompt"].pop("maxLength")
+    properties["inputs"]["items"].pop("maxLength")
+    properties["inputs"]["maxItems"] = 16
+    properties["messages"].pop("maxItems")
+    properties |= {
+        "model_ref": {"type": "string", "enum": MODELS},
+        "engine": {"type": "string", "nullable": True, "enum": ["llamacpp", None]},
+        "workload": {"type": "string", "enum": ["completion"]},
+        "sampler_profile_version": {"type": "string", "nullable": True, "enum": ["v1", "greedy-v1", None]},
+        "keep_transcript": {"type": "boolean", "nullable": True, "enum": [False, None]},
+    }
+    for feature in ("json_schema", "grammar"):  # neither engine offers it
+        schemas["Sampling"]["properties"][feature] = {"type": "object", "nullable": True, "enum": [None]}
+    properties["ctx"]["maximum"] = CTX
+    forms = ("prompt", "inputs", "messages")
+    absent = {"type": "string", "nullable": True, "enum": [None]}
+    return {
+        "oneOf": [
+            request
+            | {
+                "required": ["model_ref", form],
+                "properties": {
+                    name: absent if name in forms and name != form else _never_null(value) if name == form else value
+                    for name, value in properties.items()
+                },
+            }
+            for form in forms
+        ]
+    }
+
+
+def _never_null(schema: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in schema.items() if key != "nullable"}
+
+
+# -- the requests ----------------------------------------------------------------------------------------------------
+
+
+@schemathesis.hook
+def before_call(context: HookContext, case: Case, kwargs: dict[str, Any]) -> None:
+    """Makes right requests right in what no schema can say. Schemathesis judges the request anew afterwards, so a
+    wrong one stays wrong. Three of four paths lead to what exists; links lead by themselves."""
+    if case.meta is None or case.meta.generation.mode.is_negative:
+        return
+    _count[case.operation.label] += 1
+    number = _count[case.operation.label]
+    if case.operation.label == "POST /v1/tasks":
+        if isinstance(case.body, dict):
+            case.body = admissible(case.body, number)
+    elif "id" in case.path_parameters and case.meta.phase.name.value != "stateful":
+        known, unknown = next(ids for start, ids in IDS.items() if case.path.startswith(start))
+        case.path_parameters = case.path_parameters | {"id": known if number % 4 else unknown}
+
+
+def admissible(body: dict[str, Any], number: int) -> dict[str, Any]:
+    """The same task with a short answer and an id of its own, but now and then with the id of the first task, and now
+    and then for a pool with a short queue."""
+    body = dict(body)
+    if body.get("task_id"):
+        body["task_id"] = f"00000000-0000-4000-8000-{number:012x}" if number % 11 else IDS["/v1/tasks/"][0]
+    if body.get("max_tokens"):
+        body["max_tokens"] = min(body["max_tokens"], MAX_TOKENS)
+    if isinstance(body.get("inputs"), list):
+        body["inputs"] = body["inputs"][:MAX_INPUTS]
+    if isinstance(body.get("messages"), list) and body["messages"]:  # llama.cpp takes no two answers at the end
+        body["messages"] = [*body["messages"][:-1], body["messages"][-1] | {"role": "user"}]
+    body["model_ref"] = MODELS[0] if number % 5 else MODELS[1 + number // 5 % (len(MODELS) - 1)]
+    if body["model_ref"] != MODELS[0]:
+        body.pop("engine", None)
+        body.pop("max_tokens", None)
+    return body
+
+
+# -- the answers -----------------------------------------------------------------------------------------------------
+
+
+@schemathesis.check
+def correlation_id(ctx: CheckContext, response: Response, case: Case) -> None:
+    """Every answer has exactly one correlation ID: the request's where that is usable, else a new one."""
+    seen[f"{case.operation.definition.raw['operationId']} {response.status_code}"] += 1
+    sent = response.request.headers.get("X-Correlation-Id")
+    if isinstance(sent, bytes):
+        sent = sent.decode("latin-1")
+    given = response.headers.get("x-correlation-id") or []
+    assert len(given) == 1, f"X-Correlation-Id: {given}"
+    if sent is not None and _is_correlation_id(sent):
+        assert given[0] == sent, f"X-Correlation-Id not echoed: sent {sent!r}, got {given[0]!r}"
+    else:
+        assert given[0] != sent, f"a hostile X-Correlation-Id came back: {sent!r}"
+        assert _is_uuid(given[0]), f"X-Correlation-Id is not a UUID: {given[0]!r}"
+
+
+@schemathesis.check
+def error_envelope(ctx: CheckContext, response: Response, case: Case) -> None:
+    """Every failure, documented or not (404 of the router, 405, 415), is the envelope, with the headers of its kind."""
+    if response.status_code < 400:
+        return
+    headers = response.headers
+    if response.request.method != "HEAD":
+        assert headers.get("content-type") == ["application/json"], f"Content-Type: {headers.get('content-type')}"
+        body = response.json()
+        seen[f"code {body.get('code')}"] += 1
+        allowed = {"code", "message", "engine", "correlation_id", "retriable"}
+        assert allowed <= set(body), f"the envelope lacks {sorted(allowed - set(body))}"
+        extra = set(body) - allowed - {"retry_after_ms", "policy_label", "details"}
+        assert not extra, f"the envelope has {sorted(extra)}"
+        assert [body["correlation_id"]] == headers["x-correlation-id"], "the envelope has another correlation ID"
+        if response.status_code == 429:
+            assert body.get("policy_label"), "429 without policy_label"
+        if response.status_code in (429, 503):
+            assert headers.get("x-backoff-ms") == [str(body.get("retry_after_ms"))], (
+                "X-Backoff-Ms is not retry_after_ms"
+            )
+            seconds = -(-body["retry_after_ms"] // 1000)
+            assert headers.get("retry-after") == [str(seconds)], "Retry-After is not X-Backoff-Ms in seconds"
+    if response.status_code == 401:
+        assert "www-authenticate" in headers, "401 without WWW-Authenticate"
+    if response.status_code == 405:
+        assert "allow" in headers, "405 without Allow"
+
+
+@schemathesis.check
+def frames_in_order(ctx: CheckContext, response: Response, case: Case) -> None:
+    """A stream has `started` first, tokens counted without a gap, and exactly one terminal frame, as the last."""
+    if not (response.headers.get("content-type") or [""])[0].startswith("text/event-stream"):
+        return
+    if response.request.method == "HEAD":
+        return
+    frames = [frame for frame in map(parsed, response.text.split("\n\n")) if "event" in frame]
+    names = [frame["event"] for frame in frames]
+    seen.update(f"frame {name}" for name in names)
+    numbers = [int(frame["id"]) for frame in frames]
+    assert numbers == sorted(set(numbers)), f"frame numbers: {numbers}"
+    is_resumed = "last-event-id" in {name.lower() for name in response.request.headers}
+    if is_resumed and not frames:  # the client had it all
+        return
+    ends = [index for index, name in enumerate(names) if name in TERMINAL]
+    assert ends == [len(names) - 1], f"terminal frames at {ends} of {len(names)}: {names[-5:]}"
+    counts = [json.loads(frame["data"])["i"] for frame in frames if frame["event"] == "token"]
+    if not is_resumed:
+        assert names[0] == "started", f"the first frame is {names[0]}"
+        assert counts == list(range(len(counts))), f"token counts: {counts}"
+    elif counts:
+        assert counts == list(range(counts[0], counts[0] + len(counts))), f"token counts: {counts}"
+    assert names.count("started") <= 1, "a second `started`"
+
+
+def parsed(block: str) -> dict[str, str]:
+    """One SSE message; comments have no name."""
+    pairs = [line.split(": ", 1) for line in block.split("\n") if line and not line.startswith(":")]
+    return {pair[0]: pair[1] for pair in pairs}

@@ -1,0 +1,171 @@
+"""Schemathesis against the real service: real llama.cpp in one pool, simulated engines behind short queues in two.
+
+python tests/contract/fuzz/run.py                               the gate: the same requests on every run
+python tests/contract/fuzz/run.py --random --max-time 600       the nightly variant; prints its seed
+
+The exit code is 0 when no request found a defect and the run was as deep as it is meant to be.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+import tempfile
+import urllib.request
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
+
+from tests.live_service import LiveService, live_service
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[2]
+DOCUMENTS = ROOT / "src" / "llama_orch" / "contract" / "documents"
+PHASES = "examples,coverage,fuzzing,stateful"
+MODEL = "builtin:tiny"
+TASK_ID = "3f2b8c1e-9d5a-4c57-8a43-0c7d5b1f2e90"
+IDS = {"/v1/tasks/": [TASK_ID, "ffffffff-ffff-4fff-bfff-ffffffffffff"], "/v1/pools/": ["default", "nowhere"]}
+
+# What a run must have seen, or it has tested less than it seems to: operation and status, error codes, frames. A random
+# run ends when its time is over, so of it only successes and frames are asked.
+MUST_SEE = {
+    "data": [
+        *(f"createTask {status}" for status in (202, 400, 401, 405, 409, 415, 429)),
+        *(f"code {code}" for code in ("ADMISSION_REJECT", "DEADLINE_UNMET", "CONFLICT")),
+        *(f"listTasks {status}" for status in (200, 400, 401)),
+        *(f"{operation} {status}" for operation in ("getTask", "streamTask") for status in (200, 400, 401, 404)),
+        *(f"cancelTask {status}" for status in (204, 400, 401, 404)),
+        *(f"frame {name}" for name in ("started", "token", "metrics", "end", "error")),
+    ],
+    "control": [
+        *(f"listPools {status}" for status in (200, 400, 401)),
+        *(f"{operation} {status}" for operation in ("getPool", "getPoolHealth") for status in (200, 400, 401, 404)),
+        *(f"{operation} {status}" for operation in ("getCapabilities", "getMetrics") for status in (200, 401)),
+        *(f"getHealthz {status}" for status in (200, 405)),
+    ],
+}
+MUST_SUCCEED = 50  # tasks, on the real engine
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--random", action="store_true", help="other requests on every run")
+    parser.add_argument("--seed", type=int, help="of a random run, to repeat it")
+    parser.add_argument("--max-time", type=int, default=300, help="seconds of a random run, the two documents together")
+    parser.add_argument("--junit", type=Path, help="a folder for JUnit reports")
+    given = parser.parse_args()
+    seed = (random.SystemRandom().randrange(2**32) if given.seed is None else given.seed) if given.random else None
+    with tempfile.TemporaryDirectory(prefix="llorch-fuzz-") as folder:
+        files = [Path(folder, f"{name}.gguf") for name in ("short", "dropping")]  # a simulated engine reads no file
+        for file in files:
+            file.touch()
+        models = [MODEL, *(f"file:{file}" for file in files)]
+        with live_service(configuration(*files)) as service:
+            submit_and_wait(service)
+            problems = [
+                problem
+                for name in MUST_SEE
+                for problem in fuzz(
+                    service, name, arguments(name, seed, given), models, Path(folder), is_gate=seed is None
+                )
+            ]
+            problems += judge(service)
+    for problem in problems:
+        print(f"problem: {problem}", file=sys.stderr)
+    if seed is not None:
+        print(f"seed: {seed}")
+    return 1 if problems else 0
+
+
+def configuration(short: Path, dropping: Path) -> dict[str, Any]:
+    """Answers are short where a task does not say how long; the queues of the simulated pools are soon full."""
+    simulated = {"engine": "simulated", "slots": 1, "max_tokens": 32}
+    return {
+        "devices": [{"id": "cpu", "backend": "cpu"}],
+        "pools": [
+            {"id": "default", "model": MODEL, "max_tokens": 8},
+            {"id": "short", "model": f"file:{short}", "queue": {"capacity": 1}, **simulated},
+            {
+                "id": "dropping",
+                "model": f"file:{dropping}",
+                "queue": {"capacity": 1, "full_policy": "drop-lru"},
+                **simulated,
+            },
+        ],
+    }
+
+
+def arguments(name: str, seed: int | None, given: argparse.Namespace) -> list[str]:
+    config = "schemathesis.toml" if seed is None else "schemathesis-random.toml"
+    more = [] if seed is None else ["--seed", str(seed), "--max-time", str(max(1, given.max_time // 2))]
+    if given.junit:
+        given.junit.mkdir(parents=True, exist_ok=True)
+        more += ["--report", "junit", "--report-junit-path", str(given.junit.resolve() / f"fuzz-{name}.xml")]
+    location = str(DOCUMENTS / f"{name}.json")
+    return ["--config-file", str(HERE / config), "--no-color", "run", location, "--phases", PHASES, *more]
+
+
+def fuzz(
+    service: LiveService, name: str, options: list[str], models: list[str], folder: Path, *, is_gate: bool
+) -> Iterator[str]:
+    """One run of `st`, in a folder of its own so that nothing stays behind. Yields problems."""
+    seen_path = folder / f"{name}.json"
+    environment = os.environ | {
+        "FUZZ_SEEN": str(seen_path),
+        "FUZZ_MODELS": json.dumps(models),
+        "FUZZ_IDS": json.dumps(IDS),
+        "LLORCH_API_TOKEN": service.token,
+        "PYTHONPATH": os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")]),
+        "HYPOTHESIS_STORAGE_DIRECTORY": str(folder / "hypothesis"),
+    }
+    st = Path(sys.executable).with_name("st")
+    code = subprocess.call([str(st), *options, "--url", service.url], cwd=folder, env=environment)
+    if code:
+        yield f"{name}: st ended with {code}"
+    seen = Counter(json.loads(seen_path.read_text())) if seen_path.exists() else Counter()
+    print(f"{name}: {sum(n for key, n in seen.items() if key[-1].isdigit())} answers;", end=" ")
+    print(", ".join(f"{key} {count}" for key, count in sorted(seen.items())))
+    must_see = [key for key in MUST_SEE[name] if is_gate or key.startswith("frame ") or key.split()[1].startswith("2")]
+    yield from (f"{name}: the run never saw: {key}" for key in must_see if not seen[key])
+
+
+def submit_and_wait(service: LiveService) -> None:
+    """A task that exists throughout. That its stream has ended says that the pool is ready."""
+    body = {"task_id": TASK_ID, "model_ref": MODEL, "prompt": "Once", "max_tokens": 8, "seed": 7}
+    headers = service.headers | {"Content-Type": "application/json"}
+    request = urllib.request.Request(f"{service.url}/v1/tasks", json.dumps(body).encode(), headers)
+    urllib.request.urlopen(request, timeout=60).close()
+    assert "event: end" in read(service, f"/v1/tasks/{TASK_ID}/stream")
+
+
+def read(service: LiveService, path: str) -> str:
+    request = urllib.request.Request(service.url + path, headers=service.headers)
+    with urllib.request.urlopen(request, timeout=60) as response:
+        text: str = response.read().decode()
+    return text
+
+
+def judge(service: LiveService) -> Iterator[str]:
+    """What the service says of itself after the run: it decoded, lost no worker, and nothing unforeseen happened."""
+    metrics = read(service, "/metrics")
+    pattern = r'^tasks_finished_total\{engine="llamacpp",.*state="succeeded"\} ([0-9.e+]+)$'
+    succeeded = sum(float(value) for value in re.findall(pattern, metrics, re.MULTILINE))
+    if succeeded < MUST_SUCCEED:
+        yield f"only {succeeded:g} tasks of the real engine succeeded; {MUST_SUCCEED} must"
+    if re.findall(r"^replica_restarts_total\{", metrics, re.MULTILINE):
+        yield "a worker was lost"
+    for entry in service.log():
+        if entry["level"] in ("error", "critical"):
+            yield f"the service logged: {entry['message'][:500]}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
