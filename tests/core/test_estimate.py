@@ -326,6 +326,19 @@ def test_advice_has_bounds() -> None:
     assert scheduler.predictor.advice_ms(pool, scheduler.tasks, 3.0) == ADVICE_MAX_MS
 
 
+@pytest.mark.spec("HP-ERR-2")
+def test_advice_for_a_pool_that_loads_follows_the_load() -> None:
+    """A load may take as long again as it has taken so far; in backoff the restart is known to the moment."""
+    scheduler = a_scheduler(is_ready=False)
+    pool, advice = scheduler.pools["default"], scheduler.predictor.ready_advice_ms
+    assert [advice(pool, now) for now in (0.0, 2.0, 7.0)] == [ADVICE_MIN_MS, 2000, 7000]
+    scheduler.replica_lost("default-0", "no memory", 10.0)
+    assert advice(pool, 10.1) == 400
+    scheduler.tick(10.5)
+    assert advice(pool, 12.0) == 1500
+    assert advice(pool, 1e6) == ADVICE_MAX_MS
+
+
 @pytest.mark.spec("HP-PLC-3")
 @PROPERTY
 @given(lengths=st.lists(st.integers(1, 200), min_size=3, max_size=7), slots=st.integers(1, 3), is_shared=st.booleans())

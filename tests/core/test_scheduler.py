@@ -490,6 +490,20 @@ def test_an_engines_failure_ends_the_task_with_its_error() -> None:
     assert scheduler.is_idle
 
 
+@pytest.mark.spec("HP-PLC-7")
+def test_nobody_takes_the_place_of_a_task_whose_replica_has_stalled() -> None:
+    """The task ends with its own error; who waits goes on waiting, and is not lost with the replica."""
+    scheduler = busy()
+    submit(scheduler, "next")
+    scheduler.take_effects()
+    scheduler.failed("running", DecodeTimeout("no token for 60 s"), 1.0, is_replica_sound=False)
+    assert scheduler.take_effects() == [Ended("running")]
+    scheduler.replica_lost("default-0", "stalled", 1.5)
+    assert scheduler.take_effects() == []
+    assert code(scheduler.tasks["running"]) is ErrorCode.DECODE_TIMEOUT
+    assert state(scheduler, "next") == [TaskState.QUEUED]
+
+
 def test_a_pools_tokens_are_those_of_its_ended_tasks() -> None:
     """Finished ones count with the engine's figures, others with what they had decoded when they ended."""
     scheduler = busy()
@@ -731,6 +745,8 @@ def test_retention_has_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
     for n in range(5):
         submit(scheduler, f"t{n}", now=float(n))
         scheduler.finished(f"t{n}", an_outcome(), n + 0.5)
+    assert scheduler.next_due() == 0.5  # overdue
+    scheduler.tick(5.0)
     assert list(scheduler.tasks) == ["t2", "t3", "t4"]
     assert [e for e in scheduler.take_effects() if isinstance(e, Forget)] == [Forget("t0"), Forget("t1")]
 

@@ -33,9 +33,9 @@ POOL_IDS = ("p", "q")
 POOLS = st.fixed_dictionaries(
     {
         "slots": st.sampled_from([2, 3, 1]),
-        "queue_capacity": st.sampled_from([4, 2, 1, 0]),
+        "queue_capacity": st.sampled_from([4, 6, 2, 1, 0]),
         "full_policy": st.sampled_from(["reject", "drop-lru"]),
-        "strict_needs_exclusive": st.booleans(),
+        "strict_needs_exclusive": st.sampled_from([True, True, False]),
         "masks": st.sampled_from([[["3090"]], [["3090"], ["3060"]], [["3090", "3060"], ["3060"]]]),
     }
 )
@@ -118,8 +118,14 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert self.lives[task.task_id].effects == ["Admitted"]
         assert task.replica_id is not None
         assert task.placement is not None
+        waiting = [self.scheduler.tasks[task_id] for task_id in self.scheduler.pools[task.pool_id].queue]
+        assert all(self.rank(task) < self.rank(other) for other in waiting), "nobody is overtaken"
         self.running[task.task_id] = task.replica_id
         self.started.setdefault((task.pool_id, task.priority), []).append(task.number)
+
+    @staticmethod
+    def rank(task: Task) -> tuple[int, int]:
+        return PRIORITIES.index(task.priority), task.number
 
     def on_abort(self, task: Task) -> None:
         assert task.state in ENDED, "an aborted task has ended already"
@@ -159,9 +165,20 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.ids.append(f"t{len(self.ids)}")
         self.submit_to(self.pick_pool(pool), self.ids[-1], fields)
 
-    @rule(several=st.lists(REQUESTS, min_size=2, max_size=5), pool=PICK)
+    @rule(several=st.lists(REQUESTS, min_size=2, max_size=4), pool=PICK)
     def submit_several(self, several: list[dict[str, Any]], pool: int) -> None:
         for fields in several:
+            self.submit(fields, pool)
+
+    @rule(pool=PICK, priorities=st.tuples(*[st.sampled_from(PRIORITIES)] * 3), deadline_ms=st.sampled_from([None, 500]))
+    def submit_with_a_strict_one_between(
+        self, pool: int, priorities: tuple[Priority, ...], deadline_ms: int | None
+    ) -> None:
+        """Where the strict one must wait for the first to end, the last could start at once."""
+        for n, priority in enumerate(priorities):
+            determinism = Determinism.STRICT if n == 1 else Determinism.BEST_EFFORT
+            limit = deadline_ms if n == 1 else None
+            fields = {"priority": priority, "determinism": determinism, "deadline_ms": limit, "expected_tokens": None}
             self.submit(fields, pool)
 
     @precondition(lambda self: self.ids)
@@ -259,6 +276,13 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert self.lives[task_id].task.state is TaskState.SUCCEEDED
         self.perform()
 
+    @precondition(lambda self: len(self.running) > 1)
+    @rule(picks=st.lists(PICK, min_size=2, max_size=4))
+    def engines_finish(self, picks: list[int]) -> None:
+        for pick in picks:
+            if self.running:
+                self.engine_finishes(pick, 20, 1000)
+
     @precondition(lambda self: self.running)
     @rule(pick=PICK)
     def engine_fails(self, pick: int) -> None:
@@ -266,6 +290,17 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.scheduler.failed(task_id, DecodeTimeout("no token came"), self.now)
         assert self.lives[task_id].task.state is TaskState.FAILED
         self.perform()
+
+    @precondition(lambda self: self.running)
+    @rule(pick=PICK, is_it=RARELY)
+    def engine_stalls(self, pick: int, is_it: bool) -> None:
+        """Its task fails, nobody is put in the task's place, and the replica is lost right after."""
+        if is_it:
+            task_id = list(self.running)[pick % len(self.running)]
+            replica_id = self.aborting[task_id] = self.running.pop(task_id)
+            self.scheduler.failed(task_id, DecodeTimeout("no token came"), self.now, is_replica_sound=False)
+            assert self.perform() == 1
+            self.lose(self.scheduler.replicas[replica_id])
 
     @precondition(lambda self: self.aborting)
     @rule(pick=PICK, says=st.sampled_from(["released", "released", "finished", "failed"]))
@@ -431,7 +466,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         def check(pool: Pool) -> None:
             queue = [self.scheduler.tasks[task_id] for task_id in pool.queue]
             assert len(queue) <= pool.queue.capacity
-            assert queue == sorted(queue, key=lambda task: (PRIORITIES.index(task.priority), task.number))
+            assert queue == sorted(queue, key=self.rank)
             everybody = [t for t in self.scheduler.tasks.values() if t.pool_id == pool.spec.pool_id]
             assert {t.task_id for t in everybody if t.state is TaskState.QUEUED} == set(pool.queue)
             assert not queue or (pool.is_live and not self.scheduler.is_draining)

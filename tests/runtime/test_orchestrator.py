@@ -271,7 +271,8 @@ def test_equal_submissions_with_one_id_are_one_task() -> None:
 
     async def scenario(stage: Stage) -> None:
         request = a_task(task_id="3f2b8c1e-9d5a-4c57-8a43-0c7d5b1f2e90", max_tokens=5)
-        answers = await asyncio.gather(*(stage.service.submit(request) for _ in range(5)))
+        shouted = structs.replace(request, task_id="3F2B8C1E-9D5A-4C57-8A43-0C7D5B1F2E90")
+        answers = await asyncio.gather(*(stage.service.submit(one) for one in (request, shouted, request, request)))
         assert len({(answer.task_id, answer.seed) for answer in answers}) == 1
         await frames_of(stage, answers[0].task_id)
         assert len(stage.orchestrator.scheduler.tasks) == 1

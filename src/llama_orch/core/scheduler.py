@@ -288,7 +288,7 @@ class Scheduler:
 
     def tick(self, now: float) -> None:
         """Let time pass: retention, deadlines, restarts; in this order, so no task ends and is forgotten at once."""
-        while self._ended and self._ended[0][0] + self._retain_s <= now:
+        while self._ended and (self._ended[0][0] + self._retain_s <= now or len(self._ended) > RETAINED_MAX):
             self.forget_oldest()
         while self._deadlines and self._deadlines[0][0] <= now:
             task = self.tasks[self._deadlines[0][2]]
@@ -303,8 +303,6 @@ class Scheduler:
         """Once a task has ended and holds nothing, its time of retention begins."""
         if task.state in ENDED and task.lease is None:
             self._ended.append((now, task.task_id))
-            if len(self._ended) > RETAINED_MAX:
-                self.forget_oldest()
 
     def forget_oldest(self) -> bool:
         """Give up the task that ended first; False when there is none."""
@@ -321,7 +319,8 @@ class Scheduler:
         if self._deadlines:
             due.append(self._deadlines[0][0])
         if self._ended:
-            due.append(self._ended[0][0] + self._retain_s)
+            ended_s = self._ended[0][0]
+            due.append(ended_s if len(self._ended) > RETAINED_MAX else ended_s + self._retain_s)
         return min(due, default=None)
 
     # -- reading -----------------------------------------------------------------------------------------------------

@@ -12,6 +12,8 @@ from collections.abc import Coroutine, Sequence
 from contextlib import suppress
 from typing import Any
 
+from msgspec import structs
+
 from llama_orch.clock import Clock, new_id, new_seed
 from llama_orch.context import correlation_id
 from llama_orch.contract.config import Settings
@@ -130,6 +132,8 @@ class Orchestrator:
 
     async def submit(self, request: TaskRequest) -> Task:
         """Admit a task. Raises the contract's refusals."""
+        if request.task_id is not None:  # a UUID is the same in either case of its letters, and so is its task
+            request = structs.replace(request, task_id=request.task_id.lower())
         pool: Pool | None = None
         try:
             earlier = self.scheduler.repeated(request)
@@ -149,7 +153,7 @@ class Orchestrator:
         bounds = [] if counts is not None else [admission.token_bound(prompt) for prompt in prompts or ()]
         verdict = self.scheduler.submit(
             request,
-            task_id=request.task_id.lower() if request.task_id else new_id(),
+            task_id=request.task_id or new_id(),
             seed=new_seed() if request.seed is None else request.seed,
             pool_id=pool.spec.pool_id,
             prompt_tokens=bounds if counts is None else counts,
@@ -374,8 +378,9 @@ class Orchestrator:
             for task_id, outlook in outlooks.items():
                 self._streams[task_id].metrics(self._metrics_frame(self.scheduler.tasks[task_id], outlook))
         for task_id in self._jobs:
-            task = self.scheduler.tasks[task_id]
-            self._streams[task_id].metrics(self._metrics_frame(task, views.NOT_WAITING))
+            task = self.scheduler.tasks.get(task_id)  # its job may wind down for longer than it is kept
+            if task is not None:
+                self._streams[task_id].metrics(self._metrics_frame(task, views.NOT_WAITING))
 
     def _metrics_frame(self, task: Task, outlook: Outlook) -> MetricsFrame:
         depth = len(self.scheduler.pools[task.pool_id].queue)
