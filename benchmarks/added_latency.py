@@ -62,9 +62,9 @@ async def a_service(home: Path) -> AsyncIterator[httpx.AsyncClient]:
     command = [sys.executable, "-P", "-m", "llama_orch.cli", "serve", "--port", "0", "--lifeline"]
     env = {**os.environ, "LLORCH_HOME": str(home), "LLORCH_API_TOKEN": TOKEN}
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-    process = subprocess.Popen([*command, "--config", str(config)], env=env, **pipes)
+    process = await asyncio.create_subprocess_exec(*command, "--config", str(config), env=env, **pipes)
     try:
-        url = process.stdout.readline().decode().split()[-1]
+        url = (await process.stdout.readline()).decode().split()[-1]
         async with httpx.AsyncClient(
             base_url=url, headers={"Authorization": f"Bearer {TOKEN}"}, trust_env=False, timeout=60
         ) as client:
@@ -73,7 +73,7 @@ async def a_service(home: Path) -> AsyncIterator[httpx.AsyncClient]:
             yield client
     finally:
         process.stdin.close()
-        process.wait()
+        await process.wait()
 
 
 async def main(rounds: int) -> None:
