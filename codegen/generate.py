@@ -31,6 +31,7 @@ from msgspec import UNSET, Meta, Struct, UnsetType, field
 
 """
 
+SCHEMA_REF = r"#/components/schemas/(\w+)"
 OPERATION_TYPES = """class Parameter(NamedTuple):
     name: str
     place: str
@@ -70,9 +71,21 @@ def operations(documents: dict[str, Node]) -> list[tuple[str, str, str, Node]]:
     return sorted(found, key=lambda row: [segment.startswith("{") for segment in row[2].split("/")])
 
 
+def request_schemas(documents: dict[str, Node], schemas: Node) -> set[str]:
+    """Names of the schemas that request bodies are made of."""
+    found: set[str] = set()
+    waiting = re.findall(SCHEMA_REF, json.dumps([op.get("requestBody", {}) for *_, op in operations(documents)]))
+    while waiting:
+        name = waiting.pop()
+        if name not in found:
+            found.add(name)
+            waiting += re.findall(SCHEMA_REF, json.dumps(schemas[name]))
+    return found
+
+
 def models_source(documents: dict[str, Node]) -> str:
     schemas = {k: v for document in documents.values() for k, v in document["components"]["schemas"].items()}
-    emitter = Emitter(schemas)
+    emitter = Emitter(schemas, closed=request_schemas(documents, schemas))
     for name in schemas:
         emitter.named(name)
     frames = next(op["x-sse-events"] for *_, op in operations(documents) if "x-sse-events" in op)

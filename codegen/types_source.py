@@ -27,10 +27,15 @@ def annotated(base: str, meta: dict[str, Any]) -> str:
 
 
 class Emitter:
-    """Collects the source of the types that a document needs, each before its first use."""
+    """Collects the source of the types that a document needs, each before its first use.
 
-    def __init__(self, schemas: Node) -> None:
+    `closed` names the objects that refuse unknown fields where their schema says so; None means all. What clients
+    decode is left open: an older client must read a newer service's answers.
+    """
+
+    def __init__(self, schemas: Node, closed: set[str] | None = None) -> None:
         self.schemas = schemas
+        self.closed = closed
         self.done: dict[str, str] = {}
         self.sources: list[str] = []
 
@@ -125,7 +130,8 @@ class Emitter:
         name = schema.get("title", name)
         required = schema.get("required", [])
         fields = [self._field(key, sub, name, is_required=key in required) for key, sub in schema["properties"].items()]
-        forbid = ", forbid_unknown_fields=True" if extra is False else ""
+        is_closed = extra is False and (self.closed is None or name in self.closed)
+        forbid = ", forbid_unknown_fields=True" if is_closed else ""
         head = [f"class {name}(Struct, kw_only=True, frozen=True{forbid}):"]
         head.append(f'    """{schema.get("description", name).strip()}"""\n')
         self.sources.append("\n".join([*head, *fields]) if fields else "\n".join(head).rstrip())

@@ -93,7 +93,7 @@ class TaskRequest(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True)
     keep_transcript: bool | None = None  # Keep the stream as an artifact. Refused where the service has no artifact store.
 
 
-class AdmissionResponse(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
+class AdmissionResponse(Struct, kw_only=True, frozen=True):
     """The verdict of admission."""
 
     task_id: Uuid
@@ -132,7 +132,7 @@ class ErrorCode(StrEnum):
     INTERNAL = 'INTERNAL'
 
 
-class Error(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
+class Error(Struct, kw_only=True, frozen=True):
     """The one error body, in HTTP answers and in `error` frames alike."""
 
     code: ErrorCode
@@ -155,7 +155,7 @@ class TaskState(StrEnum):
     CANCELED = 'canceled'
 
 
-class TaskError(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
+class TaskError(Struct, kw_only=True, frozen=True):
     """The error that ended the task, as in its `error` frame; null when there was none."""
 
     code: ErrorCode
@@ -168,7 +168,7 @@ class TaskError(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
     details: dict[str, Any] | UnsetType = UNSET
 
 
-class TaskStatus(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
+class TaskStatus(Struct, kw_only=True, frozen=True):
     """A task as it is now."""
 
     task_id: Uuid
@@ -191,14 +191,14 @@ class TaskStatus(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
     text: str | None  # The whole answer, once ended.
 
 
-class TaskList(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
+class TaskList(Struct, kw_only=True, frozen=True):
     """One page of tasks, newest first."""
 
     items: list[TaskStatus]
     next_cursor: str | None  # Null on the last page.
 
 
-class StartedFrame(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
+class StartedFrame(Struct, kw_only=True, frozen=True):
     """The first frame of every stream; sent at admission or when decoding starts."""
 
     task_id: Uuid
@@ -206,14 +206,14 @@ class StartedFrame(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True
     predicted_start_ms: Annotated[int, Meta(ge=0, le=9223372036854775807)] | None
 
 
-class TokenFrame(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
+class TokenFrame(Struct, kw_only=True, frozen=True):
     """A piece of the answer, whole characters only."""
 
     t: Annotated[str, Meta(min_length=1)]  # The text.
     i: Annotated[int, Meta(ge=0, le=2147483647)]  # Counts the token frames from 0, without a gap.
 
 
-class MetricsFrame(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
+class MetricsFrame(Struct, kw_only=True, frozen=True):
     """How the task fares. Budgets are null when none is in force."""
 
     queue_depth: Annotated[int, Meta(ge=0, le=2147483647)]  # Tasks that wait in the pool.
@@ -235,7 +235,7 @@ class FinishReason(StrEnum):
     LENGTH = 'length'
 
 
-class EndFrame(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
+class EndFrame(Struct, kw_only=True, frozen=True):
     """The task succeeded. Holds what is needed to repeat the run."""
 
     tokens_in: Annotated[int, Meta(ge=0, le=9223372036854775807)]
@@ -258,7 +258,7 @@ class StreamEvent(Struct, kw_only=True, frozen=True):
     data: str
 
 
-class EngineCapability(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
+class EngineCapability(Struct, kw_only=True, frozen=True):
     """One engine that this installation can use."""
 
     engine: str
@@ -269,7 +269,7 @@ class EngineCapability(Struct, kw_only=True, frozen=True, forbid_unknown_fields=
     features: list[str]
 
 
-class PoolCapability(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
+class PoolCapability(Struct, kw_only=True, frozen=True):
     """What a client may ask of a pool."""
 
     id: str
@@ -291,7 +291,7 @@ class Backend(StrEnum):
     SIMULATED = 'simulated'
 
 
-class Device(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
+class Device(Struct, kw_only=True, frozen=True):
     """One card, or the CPU."""
 
     id: str
@@ -301,7 +301,7 @@ class Device(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
     vram_free_bytes: Annotated[int, Meta(ge=0, le=9223372036854775807)]
 
 
-class Concurrency(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
+class Concurrency(Struct, kw_only=True, frozen=True):
     """All pools together."""
 
     recommended: Annotated[int, Meta(ge=0, le=2147483647)]
@@ -315,14 +315,14 @@ class FullPolicy(StrEnum):
     DROP_LRU = 'drop-lru'
 
 
-class Queue(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
+class Queue(Struct, kw_only=True, frozen=True):
     """A pool's queue."""
 
     capacity: Annotated[int, Meta(ge=0, le=2147483647)]
     full_policy: FullPolicy
 
 
-class RateLimits(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
+class RateLimits(Struct, kw_only=True, frozen=True):
     """The service's own limits; null where there is none."""
 
     requests_per_second: Annotated[float, Meta(ge=0)] | None
@@ -330,7 +330,7 @@ class RateLimits(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
     body_bytes: Annotated[int, Meta(ge=1, le=9223372036854775807)]
 
 
-class SamplerProfile(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
+class SamplerProfile(Struct, kw_only=True, frozen=True):
     """A named, versioned set of sampler settings."""
 
     version: str
@@ -341,7 +341,7 @@ class SamplerProfile(Struct, kw_only=True, frozen=True, forbid_unknown_fields=Tr
     repeat_penalty: Annotated[float, Meta(ge=0)]
 
 
-class Capabilities(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
+class Capabilities(Struct, kw_only=True, frozen=True):
     """What this installation can do."""
 
     api_version: str  # `info.version` of the OpenAPI documents.
@@ -355,14 +355,14 @@ class Capabilities(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True
     features: list[str]
 
 
-class QueueDepth(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
+class QueueDepth(Struct, kw_only=True, frozen=True):
     """Tasks that wait, by priority."""
 
     interactive: Annotated[int, Meta(ge=0, le=2147483647)]
     batch: Annotated[int, Meta(ge=0, le=2147483647)]
 
 
-class Pool(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
+class Pool(Struct, kw_only=True, frozen=True):
     """Replicas of one model on one engine, behind one queue."""
 
     id: str
@@ -380,7 +380,7 @@ class Pool(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
     ready: bool
 
 
-class PoolList(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
+class PoolList(Struct, kw_only=True, frozen=True):
     """One page of pools."""
 
     items: list[Pool]
@@ -397,7 +397,7 @@ class ReplicaState(StrEnum):
     STOPPED = 'stopped'
 
 
-class Replica(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
+class Replica(Struct, kw_only=True, frozen=True):
     """One worker process with one model."""
 
     id: str
@@ -409,7 +409,7 @@ class Replica(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
     last_error: str | None
 
 
-class PoolMetrics(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
+class PoolMetrics(Struct, kw_only=True, frozen=True):
     """Counts since the service started."""
 
     queue_depth: Annotated[int, Meta(ge=0, le=2147483647)]
@@ -418,7 +418,7 @@ class PoolMetrics(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True)
     tokens_per_second: Annotated[float, Meta(ge=0)] | None  # Decoding speed of one task, as measured lately; null before the second task.
 
 
-class PoolHealth(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
+class PoolHealth(Struct, kw_only=True, frozen=True):
     """How a pool fares."""
 
     live: bool  # At least one replica is loading or ready.
@@ -430,7 +430,7 @@ class PoolHealth(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
     metrics: PoolMetrics
 
 
-class Healthz(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
+class Healthz(Struct, kw_only=True, frozen=True):
     """The service answers."""
 
     status: Literal['ok']

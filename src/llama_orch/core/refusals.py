@@ -85,5 +85,5 @@ def reset(pool: Pool, replica_id: str, reason: str) -> WorkerReset:
     )
 
 
-def canceled() -> Canceled:
-    return Canceled("the task was canceled; submit it again if it is needed")
+def canceled(pool: Pool) -> Canceled:
+    return Canceled("the task was canceled; submit it again if it is needed", engine=pool.spec.engine)

@@ -170,8 +170,9 @@ class Scheduler:
         """End a task for its client. Nothing when it has ended already (HP-STR-6)."""
         task = self.known(task_id)
         if task.state not in ENDED:
-            self._end(task, TaskEvent.CANCEL, now, refusals.canceled())
-            self._dispatch(self.pools[task.pool_id], now)
+            pool = self.pools[task.pool_id]
+            self._end(task, TaskEvent.CANCEL, now, refusals.canceled(pool))
+            self._dispatch(pool, now)
 
     # What engines report comes late at times: a lost replica's tasks have ended by then, or are forgotten.
 
