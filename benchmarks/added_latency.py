@@ -68,7 +68,7 @@ async def a_service(home: Path) -> AsyncIterator[httpx.AsyncClient]:
         async with httpx.AsyncClient(
             base_url=url, headers={"Authorization": f"Bearer {TOKEN}"}, trust_env=False, timeout=60
         ) as client:
-            while not (await client.get("/v1/pools/default")).json()["ready"]:
+            while not (await client.get("/v1/pools/default")).json()["ready"]:  # noqa: ASYNC110
                 await asyncio.sleep(0.05)
             yield client
     finally:

@@ -1,0 +1,707 @@
+"""What the command line's client says to the service and what it needs to hear: one test, one interaction.
+
+A test's name is its interaction's description. tests/pact/states.py holds what `given` names.
+"""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+from msgspec import UNSET
+
+from llama_orch.cli.client import ApiError, Client, Frame
+from llama_orch.contract.models import (
+    Determinism,
+    EndFrame,
+    Error,
+    ErrorCode,
+    FinishReason,
+    MetricsFrame,
+    Priority,
+    StartedFrame,
+    TaskRequest,
+    TaskState,
+    TokenFrame,
+)
+from pact import match
+from tests.pact.exchange import (
+    BACKOFF_HEADERS,
+    CORRELATION_ID,
+    COUNT,
+    DIGEST,
+    METRICS,
+    STARTED,
+    TOKEN_FRAME,
+    Exchange,
+    any_of,
+    backoff,
+    digest,
+    error,
+    frame,
+    sse,
+    stream_of,
+    timestamp,
+)
+
+pytestmark = pytest.mark.spec("HP-ALN-2")
+
+TASK_ID = "3f2b8c1e-9d5a-4c57-8a43-0c7d5b1f2e90"
+SECOND_ID = "8d0e7a52-41c6-4b0f-b3d9-6f1a2c7e5b84"
+MODEL = "builtin:tiny"
+TASK = TaskRequest(task_id=TASK_ID, model_ref=MODEL, prompt="Once upon a time", max_tokens=8, seed=7)
+ON_LLAMACPP = msgspec.structs.replace(
+    TASK, engine="llamacpp", determinism=Determinism.STRICT, sampler_profile_version="greedy-v1"
+)
+PATH = f"/v1/tasks/{TASK_ID}"
+
+
+def fields_of(request: TaskRequest) -> dict[str, object]:
+    """Those that say something, for a state that submits the task."""
+    return {name: value for name, value in msgspec.to_builtins(request).items() if value is not None}
+
+
+class Misspelt(TaskRequest, frozen=True, kw_only=True):
+    """What a client of another version may send."""
+
+    max_token: int
+
+
+def admission(**fields: object) -> dict[str, object]:
+    """The verdict over TASK; by default it has started."""
+    started = {"queue_position": 0, "predicted_start_ms": 0, "backoff_ms": 0}
+    return {"task_id": TASK_ID, "pool_id": "default", "seed": 7, **started, **fields}
+
+
+def refusal(client: Client, request: TaskRequest = TASK) -> ApiError:
+    with pytest.raises(ApiError) as caught:
+        client.submit(request)
+    return caught.value
+
+
+# -- admission -------------------------------------------------------------------------------------------------------
+
+
+def test_a_task_starts_at_once_on_an_idle_pool(exchange: Exchange) -> None:
+    """Position and prediction are 0, there is no wait, and the seed is the one that was asked for."""
+    exchange.given("an idle pool")
+    exchange.asks("POST", "/v1/tasks", body=TASK)
+    exchange.gets(202, admission())
+    with exchange.client() as client:
+        verdict = client.submit(TASK)
+    assert (verdict.queue_position, verdict.predicted_start_ms, verdict.backoff_ms, verdict.seed) == (0, 0, 0, 7)
+
+
+def test_a_task_without_a_seed_is_told_its_seed(exchange: Exchange) -> None:
+    """The service chooses one and reports it."""
+    unseeded = msgspec.structs.replace(TASK, seed=None)
+    exchange.given("an idle pool")
+    exchange.asks("POST", "/v1/tasks", body=unseeded)
+    exchange.gets(202, admission(seed=match.int(1234567)))
+    with exchange.client() as client:
+        assert client.submit(unseeded).seed == 1234567
+
+
+def test_nothing_is_predicted_before_anything_was_measured(exchange: Exchange) -> None:
+    """A task that has to wait on a cold start is told its position, and null for the start."""
+    exchange.given("a busy pool")
+    exchange.asks("POST", "/v1/tasks", body=TASK)
+    exchange.gets(202, admission(predicted_start_ms=None))
+    with exchange.client() as client:
+        verdict = client.submit(TASK)
+    assert (verdict.queue_position, verdict.predicted_start_ms) == (0, None)
+
+
+def test_a_start_is_predicted_from_what_was_measured(exchange: Exchange) -> None:
+    """A task that has to wait is told when it will start, in milliseconds."""
+    exchange.given("a busy pool of known speed")
+    exchange.asks("POST", "/v1/tasks", body=TASK)
+    exchange.gets(202, admission(predicted_start_ms=match.int(420)))
+    with exchange.client() as client:
+        assert client.submit(TASK).predicted_start_ms == 420
+
+
+def test_a_short_prompt_may_wait_for_a_pool_that_loads(exchange: Exchange) -> None:
+    """What certainly fits is admitted before there is a tokenizer to ask."""
+    exchange.given("a pool that loads its model")
+    exchange.asks("POST", "/v1/tasks", body=TASK)
+    exchange.gets(202, admission(predicted_start_ms=None))
+    with exchange.client() as client:
+        assert client.submit(TASK).predicted_start_ms is None
+
+
+def test_a_newcomer_takes_the_place_of_the_oldest_under_drop_lru(exchange: Exchange) -> None:
+    """It is admitted, and asked to wait before it submits more."""
+    exchange.given("a full queue", full_policy="drop-lru")
+    exchange.asks("POST", "/v1/tasks", body=TASK)
+    exchange.gets(202, admission(predicted_start_ms=None, backoff_ms=match.int(500)))
+    with exchange.client() as client:
+        assert client.submit(TASK).backoff_ms == 500
+
+
+def test_a_repeated_submission_is_the_same_task(exchange: Exchange) -> None:
+    """The same ID with the same body is answered as before, and nothing is run twice."""
+    exchange.given("a task waits", **fields_of(TASK))
+    exchange.asks("POST", "/v1/tasks", body=TASK)
+    exchange.gets(202, admission(predicted_start_ms=None))
+    with exchange.client() as client:
+        assert client.submit(TASK).task_id == TASK_ID
+
+
+def test_a_strict_task_names_seed_determinism_and_sampler_profile(exchange: Exchange) -> None:
+    """All that a repeatable run depends on can be asked for, and llama.cpp takes it."""
+    exchange.given("an idle pool on llamacpp")
+    exchange.asks("POST", "/v1/tasks", body=ON_LLAMACPP)
+    exchange.gets(202, admission())
+    with exchange.client() as client:
+        assert client.submit(ON_LLAMACPP).seed == 7
+
+
+# -- refusals --------------------------------------------------------------------------------------------------------
+
+
+def test_an_unknown_field_is_refused(exchange: Exchange) -> None:
+    """400, with the nearest field that is known."""
+    misspelt = Misspelt(task_id=TASK_ID, model_ref=MODEL, prompt="Once upon a time", max_token=8)
+    exchange.given("an idle pool")
+    exchange.asks("POST", "/v1/tasks", body=misspelt)
+    hint = match.regex("unknown field `max_token`; did you mean `max_tokens`?", regex=r".*max_tokens.*")
+    exchange.gets(400, error("INVALID_PARAMS", message=hint))
+    with exchange.client() as client:
+        assert "max_tokens" in refusal(client, misspelt).error.message
+
+
+def test_a_prompt_over_the_context_is_refused(exchange: Exchange) -> None:
+    """400 with both figures, as the model's own tokenizer counts."""
+    long = msgspec.structs.replace(ON_LLAMACPP, prompt="fox " * 400)
+    exchange.given("an idle pool on llamacpp", ctx=256)
+    exchange.asks("POST", "/v1/tasks", body=long)
+    details = {"prompt_tokens": match.int(402), "pool_ctx": 256}
+    exchange.gets(400, error("INVALID_PARAMS", engine="llamacpp", details=details))
+    with exchange.client() as client:
+        assert refusal(client, long).error.details == {"prompt_tokens": 402, "pool_ctx": 256}
+
+
+def test_a_wrong_token_is_refused(exchange: Exchange) -> None:
+    """401, and the scheme to authenticate with."""
+    exchange.given("an idle pool")
+    exchange.asks("POST", "/v1/tasks", body=TASK, token="wrong")
+    exchange.gets(401, error("UNAUTHORIZED"), headers={"WWW-Authenticate": "Bearer"})
+    with exchange.client(token="wrong") as client:
+        assert refusal(client).status == 401
+
+
+def test_an_unknown_model_is_not_found(exchange: Exchange) -> None:
+    """404: no pool serves it."""
+    unknown = msgspec.structs.replace(TASK, model_ref="builtin:none")
+    exchange.given("an idle pool")
+    exchange.asks("POST", "/v1/tasks", body=unknown)
+    exchange.gets(404, error("NOT_FOUND"))
+    with exchange.client() as client:
+        assert refusal(client, unknown).status == 404
+
+
+def test_a_task_id_stands_for_one_body(exchange: Exchange) -> None:
+    """409 when it comes again with another one."""
+    exchange.given("a task waits", task_id=TASK_ID, prompt="Something else")
+    exchange.asks("POST", "/v1/tasks", body=TASK)
+    exchange.gets(409, error("CONFLICT"))
+    with exchange.client() as client:
+        assert refusal(client).error.code is ErrorCode.CONFLICT
+
+
+def test_a_full_queue_refuses_under_reject(exchange: Exchange) -> None:
+    """429 with the policy's name; the client waits for as long as the answer says before it asks again."""
+    exchange.given("a full queue", full_policy="reject")
+    exchange.asks("POST", "/v1/tasks", body=TASK)
+    exchange.gets(429, backoff("ADMISSION_REJECT", policy_label="reject"), headers=BACKOFF_HEADERS)
+    with exchange.client() as client:
+        refused = refusal(client)
+    assert refused.error.policy_label == "reject"
+    assert exchange.waits == [1.2]
+
+
+def test_a_full_queue_refuses_lower_priorities_under_drop_lru(exchange: Exchange) -> None:
+    """429 with the policy's name for a `batch` task while only `interactive` ones wait."""
+    batch = msgspec.structs.replace(TASK, priority=Priority.BATCH)
+    exchange.given("a full queue", full_policy="drop-lru")
+    exchange.asks("POST", "/v1/tasks", body=batch)
+    exchange.gets(429, backoff("ADMISSION_REJECT", policy_label="drop-lru"), headers=BACKOFF_HEADERS)
+    with exchange.client() as client:
+        refused = refusal(client, batch)
+    assert refused.error.policy_label == "drop-lru"
+    assert exchange.waits == [1.2]
+
+
+def test_a_deadline_that_cannot_be_met_is_refused(exchange: Exchange) -> None:
+    """429 at once, rather than a task that is bound to fail."""
+    hurried = msgspec.structs.replace(TASK, deadline_ms=1)
+    exchange.given("a busy pool of known speed")
+    exchange.asks("POST", "/v1/tasks", body=hurried)
+    exchange.gets(429, backoff("DEADLINE_UNMET", policy_label="deadline"), headers=BACKOFF_HEADERS)
+    with exchange.client() as client:
+        assert refusal(client, hurried).error.code is ErrorCode.DEADLINE_UNMET
+
+
+def test_a_long_prompt_cannot_wait_for_a_pool_that_loads(exchange: Exchange) -> None:
+    """503 while nobody can count its tokens, and when to come back."""
+    long = msgspec.structs.replace(TASK, prompt="fox " * 600)
+    exchange.given("a pool that loads its model")
+    exchange.asks("POST", "/v1/tasks", body=long)
+    exchange.gets(503, backoff("POOL_UNREADY"), headers=BACKOFF_HEADERS)
+    with exchange.client() as client:
+        assert refusal(client, long).error.code is ErrorCode.POOL_UNREADY
+    assert exchange.waits == [1.2]
+
+
+def test_a_service_that_ends_takes_no_more_tasks(exchange: Exchange) -> None:
+    """503, and when it may be back."""
+    exchange.given("a service that is ending")
+    exchange.asks("POST", "/v1/tasks", body=TASK)
+    exchange.gets(503, backoff("POOL_UNAVAILABLE"), headers=BACKOFF_HEADERS)
+    with exchange.client() as client:
+        assert refusal(client).can_pass
+
+
+# -- streams ---------------------------------------------------------------------------------------------------------
+
+STARTED_FRAME = StartedFrame(task_id=TASK_ID, queue_position=0, predicted_start_ms=0)
+METRICS_FRAME = MetricsFrame(
+    queue_depth=0,
+    queue_position=None,
+    predicted_start_ms=None,
+    tokens_in=5,
+    tokens_out=2,
+    on_time_probability=None,
+    kv_warmth=False,
+    tokens_budget_remaining=None,
+    time_budget_remaining_ms=None,
+    cost_budget_remaining=None,
+)
+END_FRAME = EndFrame(
+    tokens_in=5,
+    tokens_out=8,
+    decode_time_ms=160,
+    finish_reason=FinishReason.LENGTH,
+    seed=7,
+    model_digest=DIGEST,
+    engine="llamacpp",
+    engine_version="2026.10.11549",
+    sampler_profile_version="greedy-v1",
+    kv_warmth=False,
+)
+STORY: list[Frame] = [STARTED_FRAME, TokenFrame(t=" there", i=0), TokenFrame(t=" was", i=1), METRICS_FRAME, END_FRAME]
+
+
+def end(**fields: str) -> str:
+    return frame("end", tokens_in=r"[1-9]\d*", decode_time_ms=COUNT, kv_warmth="false", **fields)
+
+
+def streams(exchange: Exchange, example: list[Frame], pattern: str, *, after: int | None = None) -> list[Frame]:
+    """Let the client read the example from its start, or from behind frame `after`."""
+    headers = {"Accept": "text/event-stream"} | ({} if after is None else {"Last-Event-ID": str(after)})
+    exchange.asks("GET", f"{PATH}/stream", headers=headers)
+    first = 0 if after is None else after + 1
+    exchange.gets_text("text/event-stream", sse(*example[first:], first=first), pattern)
+    with exchange.client() as client:
+        return list(client.stream(TASK_ID, "" if after is None else str(after)))
+
+
+def fails(
+    exchange: Exchange,
+    code: str,
+    *,
+    retry_after_ms: int | None = None,
+    policy_label: str | None = None,
+) -> Error:
+    """A stream that ends in an `error` frame, which the client hands out as the last one."""
+    example = Error(
+        code=ErrorCode(code),
+        message="What to do next.",
+        engine="llamacpp",
+        correlation_id="c-1",
+        retriable=retry_after_ms is not None,
+        retry_after_ms=UNSET if retry_after_ms is None else retry_after_ms,
+        policy_label=UNSET if policy_label is None else policy_label,
+    )
+    fields = {"code": f'"{code}"', "message": r'"[^\n]+"', "engine": r'"[^"]+"', "correlation_id": r'"[^"]+"'}
+    fields |= {"retriable": "false"} if retry_after_ms is None else {"retriable": "true", "retry_after_ms": r"[1-9]\d*"}
+    fields |= {} if policy_label is None else {"policy_label": f'"{policy_label}"'}
+    pattern = stream_of(STARTED, METRICS, frame("error", **fields))
+    last = streams(exchange, [STARTED_FRAME, METRICS_FRAME, example], pattern)[-1]
+    assert isinstance(last, Error)
+    return last
+
+
+def test_a_stream_has_started_tokens_metrics_and_end(exchange: Exchange) -> None:
+    """`started` first, `token` and `metrics` in between, `end` last, each with all of its fields."""
+    exchange.given("a task has succeeded", **fields_of(TASK))
+    last = end(tokens_out="8", finish_reason='"length"', seed="7", sampler_profile_version='"v1"')
+    frames = streams(exchange, STORY, stream_of(STARTED, any_of(TOKEN_FRAME, METRICS), METRICS, last))
+    assert frames == STORY
+
+
+def test_a_live_stream_of_llamacpp_names_what_repeats_the_run(exchange: Exchange) -> None:
+    """The model's words, and in `end`: seed, digest, engine, its version and the sampler profile."""
+    exchange.given("a task was submitted to llamacpp", **fields_of(ON_LLAMACPP))
+    word = frame("token", t='" [a-z]+"', i=COUNT)  # the model tells stories
+    last = end(
+        tokens_out="8",
+        finish_reason='"length"',
+        seed="7",
+        model_digest='"sha256:[0-9a-f]{64}"',
+        engine='"llamacpp"',
+        engine_version=r'"[^"]*\d[^"]*"',
+        sampler_profile_version='"greedy-v1"',
+    )
+    frames = any_of(TOKEN_FRAME, METRICS)
+    assert streams(exchange, STORY, stream_of(STARTED, frames, word, frames, last))[-1] == END_FRAME
+
+
+def test_a_stream_goes_on_behind_the_last_frame_that_came(exchange: Exchange) -> None:
+    """`Last-Event-ID` leaves out what the client has."""
+    exchange.given("a task has succeeded", **fields_of(TASK))
+    number = r"(1\d|[2-9])"
+    token = frame("token", number=number, t=r'"[^\n]+"', i=COUNT)
+    metrics = frame("metrics", number=number, tokens_out=COUNT)
+    frames = streams(exchange, STORY, stream_of(any_of(token, metrics), end(seed="7")), after=1)
+    assert frames == STORY[2:]
+
+
+def test_a_canceled_stream_ends_in_an_error(exchange: Exchange) -> None:
+    """CANCELED, which a repeat would not help."""
+    exchange.given("a task was canceled", task_id=TASK_ID)
+    assert fails(exchange, "CANCELED").code is ErrorCode.CANCELED
+
+
+def test_a_stream_ends_in_an_error_when_the_worker_dies(exchange: Exchange) -> None:
+    """WORKER_RESET, and when to submit the task again."""
+    exchange.given("a task lost its worker", task_id=TASK_ID)
+    assert fails(exchange, "WORKER_RESET", retry_after_ms=1000).retriable
+
+
+def test_a_stream_ends_in_an_error_when_the_deadline_passes(exchange: Exchange) -> None:
+    """DEADLINE_UNMET with its policy label."""
+    exchange.given("a task missed its deadline", task_id=TASK_ID)
+    last = fails(exchange, "DEADLINE_UNMET", retry_after_ms=1000, policy_label="deadline")
+    assert last.policy_label == "deadline"
+
+
+def test_a_dropped_tasks_stream_ends_in_an_error(exchange: Exchange) -> None:
+    """QUEUE_FULL_DROP_LRU with the policy's name and when to submit the task again."""
+    exchange.given("a task was dropped from a full queue", task_id=TASK_ID)
+    last = fails(exchange, "QUEUE_FULL_DROP_LRU", retry_after_ms=1200, policy_label="drop-lru")
+    assert last.policy_label == "drop-lru"
+
+
+def test_an_unknown_task_has_no_stream(exchange: Exchange) -> None:
+    """404, before any frame."""
+    exchange.given("an idle pool")
+    exchange.asks("GET", f"{PATH}/stream", headers={"Accept": "text/event-stream"})
+    exchange.gets(404, error("NOT_FOUND"))
+    with exchange.client() as client, pytest.raises(ApiError, match="What happened"):
+        next(client.stream(TASK_ID))
+
+
+# -- cancel ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_running_task_is_canceled(exchange: Exchange) -> None:
+    """204 without a body."""
+    exchange.given("a task runs", task_id=TASK_ID)
+    exchange.asks("POST", f"{PATH}/cancel")
+    exchange.gets(204)
+    with exchange.client() as client:
+        client.cancel(TASK_ID)
+
+
+def test_a_task_that_has_ended_is_left_as_it_is(exchange: Exchange) -> None:
+    """To cancel it is no error."""
+    exchange.given("a task has succeeded", task_id=TASK_ID)
+    exchange.asks("POST", f"{PATH}/cancel")
+    exchange.gets(204)
+    with exchange.client() as client:
+        client.cancel(TASK_ID)
+
+
+def test_an_unknown_task_is_not_canceled(exchange: Exchange) -> None:
+    """404."""
+    exchange.given("an idle pool")
+    exchange.asks("POST", f"{PATH}/cancel")
+    exchange.gets(404, error("NOT_FOUND"))
+    with exchange.client() as client, pytest.raises(ApiError, match="What happened"):
+        client.cancel(TASK_ID)
+
+
+# -- tasks -----------------------------------------------------------------------------------------------------------
+
+
+def status(state: str, **fields: object) -> dict[str, object]:
+    """A task that waits, in every field; `fields` are what differs."""
+    waiting = {
+        "task_id": TASK_ID,
+        "session_id": None,
+        "state": state,
+        "priority": "interactive",
+        "engine": match.str("llamacpp"),
+        "pool_id": "default",
+        "replica_id": None,
+        "queue_position": None,
+        "predicted_start_ms": None,
+        "created_at": timestamp,
+        "started_at": None,
+        "ended_at": None,
+        "tokens_in": match.int(5),
+        "tokens_out": match.int(0),
+        "seed": match.int(7),
+        "placement": None,
+        "error": None,
+        "text": None,
+    }
+    return waiting | fields
+
+
+PLACED = {"replica_id": "default-0", "placement": match.str("default-0 chosen of 1"), "started_at": timestamp}
+ENDED = PLACED | {"ended_at": timestamp, "tokens_out": 8, "text": match.regex(" there was a fox", regex=r"[\s\S]+")}
+
+
+def test_a_waiting_task_is_read(exchange: Exchange) -> None:
+    """Its place in the queue, and no replica yet."""
+    exchange.given("a task waits", task_id=TASK_ID)
+    exchange.asks("GET", PATH)
+    exchange.gets(200, status("queued", queue_position=0))
+    with exchange.client() as client:
+        assert client.get_task(TASK_ID).queue_position == 0
+
+
+def test_a_running_task_is_read(exchange: Exchange) -> None:
+    """Where it runs and why there."""
+    exchange.given("a task runs", task_id=TASK_ID)
+    exchange.asks("GET", PATH)
+    exchange.gets(200, status("running", **PLACED))
+    with exchange.client() as client:
+        assert client.get_task(TASK_ID).state is TaskState.RUNNING
+
+
+def test_a_task_that_succeeded_is_read(exchange: Exchange) -> None:
+    """With its whole text."""
+    exchange.given("a task has succeeded", **fields_of(TASK))
+    exchange.asks("GET", PATH)
+    exchange.gets(200, status("succeeded", **ENDED, seed=7))
+    with exchange.client() as client:
+        assert client.get_task(TASK_ID).text == " there was a fox"
+
+
+def test_a_task_that_failed_is_read(exchange: Exchange) -> None:
+    """With the error of its stream."""
+    exchange.given("a task lost its worker", task_id=TASK_ID)
+    exchange.asks("GET", PATH)
+    reset = backoff("WORKER_RESET", correlation_id=match.str("c-1"))
+    exchange.gets(200, status("failed", **PLACED, ended_at=timestamp, text="", error=reset))
+    with exchange.client() as client:
+        found = client.get_task(TASK_ID).error
+    assert found is not None
+    assert found.code is ErrorCode.WORKER_RESET
+
+
+def test_an_unknown_task_is_not_found(exchange: Exchange) -> None:
+    """404."""
+    exchange.given("an idle pool")
+    exchange.asks("GET", PATH)
+    exchange.gets(404, error("NOT_FOUND"))
+    with exchange.client() as client, pytest.raises(ApiError, match="What happened"):
+        client.get_task(TASK_ID)
+
+
+def test_tasks_are_listed_newest_first(exchange: Exchange) -> None:
+    """One page of those in a state, and the way to the next page."""
+    exchange.given("a task has succeeded", task_id=SECOND_ID)
+    exchange.given("a task has succeeded", task_id=TASK_ID)
+    exchange.asks("GET", "/v1/tasks", query={"state": "succeeded", "limit": "1"})
+    exchange.gets(200, {"items": [status("succeeded", **ENDED)], "next_cursor": match.str("2")})
+    with exchange.client() as client:
+        page = client.list_tasks(state=TaskState.SUCCEEDED, limit=1)
+    assert [task.task_id for task in page.items] == [TASK_ID]
+    assert page.next_cursor == "2"
+
+
+# -- the installation ------------------------------------------------------------------------------------------------
+
+POLICY = match.regex("reject", regex="reject|drop-lru")
+NAMES = match.each_like(match.str("chat"), min=1)
+ENGINE = {
+    "engine": match.str("llamacpp"),
+    "version": match.str("2026.10.11549"),
+    "workloads": match.each_like("completion", min=1),
+    "ctx_max": match.int(2048),
+    "determinism": match.str("strict: the same bytes for the same seed"),
+    "features": NAMES,
+}
+POOL_CAPABILITY = {
+    "id": match.str("default"),
+    "engine": match.str("llamacpp"),
+    "model": match.str(MODEL),
+    "workloads": match.each_like("completion", min=1),
+    "ctx": match.int(2048),
+    "slots": match.int(4),
+    "max_tokens": match.int(256),
+    "recommended_concurrency": match.int(1),
+    "sampler_profile_version": match.str("v1"),
+}
+DEVICE = {
+    "id": match.str("gpu0"),
+    "name": match.str("NVIDIA GeForce RTX 3090"),
+    "backend": match.regex("cuda", regex="cuda|cpu|simulated"),
+    "vram_total_bytes": match.int(25769803776),
+    "vram_free_bytes": match.int(20000000000),
+}
+PROFILE = {
+    "version": match.str("v1"),
+    "temperature": match.number(0.8),
+    "top_k": match.int(40),
+    "top_p": match.number(0.95),
+    "min_p": match.number(0.05),
+    "repeat_penalty": match.number(1.0),
+}
+CAPABILITIES = {
+    "api_version": match.regex("2.1.0", regex=r"\d+\.\d+\.\d+"),
+    "engines": match.each_like(ENGINE, min=1),
+    "pools": match.each_like(POOL_CAPABILITY, min=1),
+    "devices": match.each_like(DEVICE, min=1),
+    "concurrency": {"recommended": match.int(1), "slots": match.int(4)},
+    "queue": {"capacity": match.int(64), "full_policy": POLICY},
+    "rate_limits": {"requests_per_second": None, "streams": match.int(1024), "body_bytes": match.int(8388608)},
+    "sampler_profiles": match.each_like(PROFILE, min=1),
+    "features": NAMES,
+}
+POOL = {
+    "id": "default",
+    "engine": match.str("llamacpp"),
+    "engine_version": match.str("2026.10.11549"),
+    "model": MODEL,
+    "model_digest": digest,
+    "ctx": match.int(2048),
+    "slots": match.int(4),
+    "slots_total": match.int(4),
+    "max_tokens": match.int(256),
+    "sampler_profile_version": match.str("v1"),
+    "queue": {"capacity": match.int(64), "full_policy": POLICY},
+    "queue_depth": {"interactive": 0, "batch": 0},
+    "ready": True,
+}
+
+
+def health(replica: dict[str, object], **fields: object) -> dict[str, object]:
+    """A pool of one replica that serves; the arguments are what differs."""
+    sound = {"id": "default-0", "devices": match.each_like("gpu0", min=1), "state": "ready", "slots_busy": 0}
+    sound |= {"slots_total": match.int(4), "restarts": 0, "last_error": None}
+    counts = {"queue_depth": 0, "tokens_in": match.int(0), "tokens_out": match.int(0), "tokens_per_second": None}
+    pool = {"live": True, "ready": True, "draining": False, "last_error": None, "last_reload": None}
+    return {**pool, "replicas": [sound | replica], "metrics": counts, **fields}
+
+
+def test_capabilities_are_read(exchange: Exchange) -> None:
+    """Engines, pools, devices, concurrency, queue, limits and sampler profiles."""
+    exchange.given("an idle pool")
+    exchange.asks("GET", "/v1/capabilities")
+    exchange.gets(200, CAPABILITIES)
+    with exchange.client() as client:
+        assert client.capabilities().concurrency.recommended == 1
+
+
+def test_pools_are_listed(exchange: Exchange) -> None:
+    """All on one page."""
+    exchange.given("an idle pool")
+    exchange.asks("GET", "/v1/pools")
+    exchange.gets(200, {"items": [POOL], "next_cursor": None})
+    with exchange.client() as client:
+        assert [pool.id for pool in client.pools().items] == ["default"]
+
+
+def test_a_pool_is_read(exchange: Exchange) -> None:
+    """Its model with the digest, its queue and its slots."""
+    exchange.given("an idle pool")
+    exchange.asks("GET", "/v1/pools/default")
+    exchange.gets(200, POOL)
+    with exchange.client() as client:
+        assert client.pool("default").ready
+
+
+def test_an_unknown_pool_is_not_found(exchange: Exchange) -> None:
+    """404."""
+    exchange.given("an idle pool")
+    exchange.asks("GET", "/v1/pools/nowhere")
+    exchange.gets(404, error("NOT_FOUND"))
+    with exchange.client() as client, pytest.raises(ApiError, match="What happened"):
+        client.pool("nowhere")
+
+
+def test_a_sound_pools_health_is_read(exchange: Exchange) -> None:
+    """Live, ready, and each replica."""
+    exchange.given("an idle pool")
+    exchange.asks("GET", "/v1/pools/default/health")
+    exchange.gets(200, health({}))
+    with exchange.client() as client:
+        assert client.pool_health("default").ready
+
+
+def test_a_pools_health_says_why_it_cannot_load(exchange: Exchange) -> None:
+    """Live, since it will be tried again, but not ready, and with the worker's reason."""
+    reason = match.regex("the model file is damaged", regex=".+")
+    exchange.given("a pool whose model cannot be loaded")
+    exchange.asks("GET", "/v1/pools/default/health")
+    trouble = {"state": match.regex("backoff", regex="backoff|loading"), "restarts": match.int(1), "last_error": reason}
+    exchange.gets(200, health(trouble, ready=False, last_error=reason))
+    with exchange.client() as client:
+        assert client.pool_health("default").last_error == "the model file is damaged"
+
+
+def test_an_unknown_pool_has_no_health(exchange: Exchange) -> None:
+    """404."""
+    exchange.given("an idle pool")
+    exchange.asks("GET", "/v1/pools/nowhere/health")
+    exchange.gets(404, error("NOT_FOUND"))
+    with exchange.client() as client, pytest.raises(ApiError, match="What happened"):
+        client.pool_health("nowhere")
+
+
+def test_the_service_says_that_it_is_there(exchange: Exchange) -> None:
+    """Without a token."""
+    exchange.given("an idle pool")
+    exchange.asks("GET", "/healthz", token=None)
+    exchange.gets(200, {"status": "ok"})
+    with exchange.client() as client:
+        assert client.is_there()
+
+
+METRICS_TEXT = """# HELP tokens_out_total Tokens decoded.
+# TYPE tokens_out_total counter
+tokens_out_total{engine="llamacpp",engine_version="1",pool_id="default",replica_id="default-0"} 8.0
+# HELP queue_depth Tasks that wait in a pool.
+# TYPE queue_depth gauge
+queue_depth{engine="llamacpp",engine_version="1",pool_id="default",priority="interactive"} 0.0
+"""
+METRICS_LINES = (
+    r'tokens_out_total\{engine="[^"]+",engine_version="[^"]+",pool_id="default",replica_id="default-0"\} 8\.0\n',
+    r'queue_depth\{engine="[^"]+",engine_version="[^"]+",pool_id="default",priority="interactive"\} 0\.0\n',
+)
+
+
+def test_metrics_are_scraped(exchange: Exchange) -> None:
+    """Prometheus text with what was counted."""
+    exchange.given("a task has succeeded", task_id=TASK_ID)
+    exchange.asks("GET", "/metrics")
+    anything = r"[\s\S]*"
+    exchange.gets_text("text/plain", METRICS_TEXT, anything + anything.join(METRICS_LINES) + anything)
+    with exchange.plain_client() as client:
+        answer = client.get("/metrics")
+    assert answer.text == METRICS_TEXT
+    assert answer.headers["X-Correlation-Id"] == CORRELATION_ID
+
+
+def test_metrics_need_the_token(exchange: Exchange) -> None:
+    """401 for a scraper with a wrong one."""
+    exchange.given("an idle pool")
+    exchange.asks("GET", "/metrics", token="wrong")
+    exchange.gets(401, error("UNAUTHORIZED"), headers={"WWW-Authenticate": "Bearer"})
+    with exchange.plain_client() as client:
+        assert client.get("/metrics", headers={"Authorization": "Bearer wrong"}).status_code == 401
