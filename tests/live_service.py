@@ -22,6 +22,7 @@ TOKEN = "live-0123456789abcdef0123456789abcdef"
 START_LIMIT_S = 120.0  # a start that hangs fails; nothing waits for it
 END_LIMIT_S = 60.0
 SAID = "listening on "
+PROGRAM = [sys.executable, "-P", "-m", "llama_orch.cli"]  # tests/contract/mutants puts another one here
 
 
 class ServiceFailed(Exception):
@@ -76,9 +77,8 @@ def _environment(home: Path, token: str, more: Mapping[str, str]) -> dict[str, s
 
 @contextmanager
 def _process(config: Path, log: IO[bytes], environment: dict[str, str]) -> Iterator[subprocess.Popen[bytes]]:
-    command = [sys.executable, "-P", "-m", "llama_orch.cli", "serve", "--port", "0", "--lifeline"]
     process = subprocess.Popen(
-        [*command, "--config", str(config)],
+        [*PROGRAM, "serve", "--port", "0", "--lifeline", "--config", str(config)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=log,

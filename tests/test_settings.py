@@ -295,7 +295,9 @@ def test_token_is_generated_once(tmp_path: Path) -> None:
     assert len(token) >= 43
     assert stat.S_IMODE(home.token_file.stat().st_mode) == 0o600
     assert api_token(home, {}, create=True) == api_token(home, {}, create=False) == (token, "file")
-    assert api_token(home, {"LLORCH_API_TOKEN": "mine"}, create=False) == ("mine", "environment")
+    assert api_token(home, {"LLORCH_API_TOKEN": "m" * 16}, create=False) == ("m" * 16, "environment")
+    with pytest.raises(SettingsError, match="at least 16 characters"):
+        api_token(home, {"LLORCH_API_TOKEN": "short"}, create=False)
     assert [path.name for path in home.path.iterdir()] == ["token"]
 
 

@@ -20,7 +20,7 @@ import string
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import cycle, islice
 from pathlib import Path
 
 import gguf
@@ -37,8 +37,8 @@ DIM, FEED_FORWARD, LAYERS = 192, 512, 5  # rows are multiples of 32, the block o
 HEADS = 3  # of 64 values each: llama.cpp's fast attention on a GPU has no kernel for 32
 EPSILON, ROPE_BASE = 1e-5, 10000.0
 UNK, BOS, EOS = 0, 1, 2
-WINDOW, BATCH = 1024, 4  # tokens in a training window, windows in a step
-PEAK_RATE = 3e-3
+SHAPES = ((32, 64), (8, 256), (4, 512))  # documents in a step, tokens in a document
+PEAK_RATE = 2e-3
 WARM_UP = 100  # steps
 THREADS = 2
 TRAIN_SEEDS = 1_000_000  # stories with a smaller seed are never trained on: they measure
@@ -164,62 +164,50 @@ def train_vocabulary(seed: int, documents: int = 6000) -> sentencepiece.Sentence
     return sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
 
 
-def encode(turns: list[Turn], pieces: sentencepiece.SentencePieceProcessor) -> tuple[list[int], list[int]]:
-    """Return the tokens of a document and the target at each of them.
+def encode(turns: list[Turn], pieces: sentencepiece.SentencePieceProcessor, rng: random.Random) -> np.ndarray:
+    """Return three rows: the tokens of a document, the target at each of them, and their positions.
 
     A target is the token to write next, or ``IGNORE`` where the text is given. The end of every answer has the target
     EOS, also inside a conversation, where the text goes on with a line feed. The boundaries may be found by counting
-    the tokens of a prefix, since no piece spans a line feed.
+    the tokens of a prefix, since no piece spans a line feed. In half of the conversations the positions jump ahead
+    between the turns, so that the model meets distances up to ``CONTEXT``.
     """
     text, marks = "", []
     for turn in turns:
+        begin = len(pieces.encode(text)) + 1 if text else 0
         text += turn.given
         start = len(pieces.encode(text)) if text else 0
         text += turn.written
-        marks.append((start + turn.quiet, len(pieces.encode(text))))
-    ids = [BOS, *pieces.encode(text), EOS]
-    targets = [IGNORE] * len(ids)
-    for start, end in marks:
-        targets[start : end + 1] = [*ids[start + 1 : end + 1], EOS]
-    return ids, targets
+        marks.append((begin, start + turn.quiet, len(pieces.encode(text))))
+    ids = np.array([BOS, *pieces.encode(text), EOS])
+    targets, positions = np.full_like(ids, IGNORE), np.arange(len(ids))
+    spare = max(0, CONTEXT - len(ids)) // len(turns) if rng.random() < 0.5 else 0
+    for begin, start, end in marks:
+        targets[start:end] = ids[start + 1 : end + 1]
+        targets[end] = EOS
+        positions[begin:] += rng.randrange(spare + 1)
+    return np.stack((ids, targets, positions))
 
 
-def windows(first_seed: int, pieces: sentencepiece.SentencePieceProcessor) -> Iterator[tuple[np.ndarray, ...]]:
-    """Yield (tokens, targets, positions) of windows filled with whole documents, the largest that fits each time.
+def batches(first_seed: int, pieces: sentencepiece.SentencePieceProcessor) -> Iterator[Tensor]:
+    """Yield batches of documents, one in a row: tokens, targets and positions, each of one of the ``SHAPES``.
 
-    In some windows the positions jump ahead between documents: so the model meets positions up to ``CONTEXT`` although
-    a window is shorter.
+    A document that is too long is cut off. The short shape shows only how answers begin, many at once: there a model
+    has to look back at the request, which it learns slowly from whole stories.
     """
-    rng, seed = random.Random(f"windows {first_seed}"), first_seed
-    pool: list[tuple[list[int], list[int]]] = []
-    while True:
-        tokens, targets, positions, gaps = list[int](), list[int](), list[int](), rng.random() < 0.3
-        while True:
-            while len(pool) < 48:
-                pool.append(encode(document(seed), pieces))
-                seed += 3
-            room = WINDOW - len(tokens)
-            fitting = [item for item in pool if len(item[0]) <= room]
-            if not fitting:
-                break
-            best = max(fitting, key=lambda item: len(item[0])) if room < WINDOW // 2 else fitting[0]
-            pool.remove(best)
-            begin = positions[-1] + 1 if positions else 0
-            spare = CONTEXT - WINDOW - (begin - len(tokens))
-            begin += rng.randrange(spare + 1) if gaps else 0
-            positions += range(begin, begin + len(best[0]))
-            tokens += best[0]
-            targets += best[1]
-        columns, pad = ((tokens, EOS), (targets, IGNORE), (positions, positions[-1])), WINDOW - len(tokens)
-        yield tuple(np.array(values + [filler] * pad) for values, filler in columns)
-
-
-def batches(first_seed: int, pieces: sentencepiece.SentencePieceProcessor) -> Iterator[tuple[Tensor, ...]]:
-    """Yield (tokens, targets, positions), each of ``BATCH`` windows."""
-    source = windows(first_seed, pieces)
-    while True:
-        rows = [next(source) for _ in range(BATCH)]
-        yield tuple(torch.from_numpy(np.stack(column)) for column in zip(*rows, strict=True))
+    rng, seed = random.Random(f"batches {first_seed}"), first_seed
+    for shape in cycle((1, 0, 1, 0, 1, 0, 1, 2)):
+        rows, length = SHAPES[shape]
+        least = (0, 128, 256)[shape]
+        batch = np.full((3, rows, length), EOS)
+        batch[1], row = IGNORE, 0
+        while row < rows:
+            made = encode(document(seed), pieces, rng)[:, :length]
+            seed += 3
+            if made.shape[1] > least:
+                batch[:, row, : made.shape[1]] = made
+                row += 1
+        yield torch.from_numpy(batch)
 
 
 class Block(nn.Module):
@@ -281,7 +269,7 @@ class Model(nn.Module):
 
 def train(model: Model, pieces: sentencepiece.SentencePieceProcessor, minutes: float, steps: int) -> int:
     """Train for ``steps``, or for about ``minutes`` if that is 0; return the number of steps taken."""
-    forward = torch.compile(model) if shutil.which("g++") else model
+    forward = torch.compile(model, dynamic=False) if shutil.which("g++") else model
     matrices = [weight for weight in model.parameters() if weight.dim() == 2]
     norms = [weight for weight in model.parameters() if weight.dim() == 1]
     groups = [{"params": matrices, "weight_decay": 0.1}, {"params": norms, "weight_decay": 0.0}]

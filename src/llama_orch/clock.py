@@ -18,15 +18,20 @@ class Clock(Protocol):
     def wall(self) -> float: ...
 
 
+def _boot_s() -> float:
+    """Seconds that never go back, a machine's sleep included: a deadline passes while the lid is closed."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
 class SystemClock:
     """This machine's clocks. Not the event loop's: uvloop's moves in milliseconds."""
 
     def __init__(self) -> None:
-        self._origin = time.monotonic()
+        self._origin = _boot_s()
         self._started_at = time.time()
 
     def now(self) -> float:
-        return time.monotonic() - self._origin
+        return _boot_s() - self._origin
 
     def wall(self) -> float:
         # Not time.time(): the differences between a task's timestamps must not jump when the clock is set.

@@ -7,6 +7,7 @@ import contextlib
 import json
 import logging
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -35,11 +36,13 @@ log = logging.getLogger("llama_orch.serve")
 
 SHUTDOWN_LIMIT_S = 5  # for connections that are still open once every task has ended
 PROBE_LIMIT_S = 30
+SPARE_DESCRIPTORS = 1024  # connections that do not stream, workers, files
 
 
 def run_server(settings: Settings, home: Home, token: str, *, lifeline: bool) -> int:
     """Serve until told to end; returns the exit code. `lifeline`: also end when standard input closes."""
     logs.set_up(settings.logs.level, settings.logs.format, [token])
+    _allow_descriptors(settings)
     sweep_private_folders()  # what a service that was killed could not remove
     try:
         engines = _engines(settings)
@@ -66,7 +69,7 @@ class _Program:
         sources: Sequence[Source],
         plan: Plan,
     ) -> None:
-        digests = Digests(home.path / "digests.json")
+        self._digests = digests = Digests(home.path / "digests.json")
         self._orchestrator, service = wire(
             settings, engines, sources, plan, lambda path: asyncio.to_thread(digests.of, path), SystemClock()
         )
@@ -95,9 +98,12 @@ class _Program:
             where = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
             log.info("listening on %s", where)
             print(f"listening on {where}", flush=True)
-            await self._told_to_end.wait()
+            told = group.create_task(self._told_to_end.wait(), name="told")
+            await asyncio.wait((told, http), return_when=asyncio.FIRST_COMPLETED)
+            told.cancel()
             log.info("draining: no new tasks, running ones may end")
             await self._finish_or_hurry(group)
+            self._digests.stop()
             # First the streams, which get their last frames, then the connections that carry them.
             orchestration.cancel()
             await asyncio.wait((orchestration,))
@@ -139,6 +145,17 @@ class _Server(uvicorn.Server):
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
+
+
+def _allow_descriptors(settings: Settings) -> None:
+    """A stream is a descriptor, and so is a connection to a worker: take what the system grants us at most."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = settings.server.max_streams + SPARE_DESCRIPTORS
+    if soft < needed:
+        granted = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (granted, hard))
+        if granted < needed:
+            log.warning("only %d descriptors are granted; server.max_streams %d may not be reached", granted, needed)
 
 
 def _bind(settings: Settings) -> socket.socket:

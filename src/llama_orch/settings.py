@@ -28,6 +28,7 @@ FILE_BYTES_MAX = 1 << 20
 ENGINES = ("llamacpp", "ctransformers", "simulated")
 REPLICA_CTX_MAX = 1 << 24  # slots x ctx of one replica, in tokens
 TOKEN_BITS_MIN = 128  # for a bind that other machines reach (HP-SEC-3)
+TOKEN_CHARS_MIN = 16
 _TOKEN_DISTINCT_MIN = 8
 _TOKEN_BYTES_MAX = 4096
 
@@ -355,6 +356,8 @@ def _token_bits(token: str) -> float:
 def _checked_token(token: str, name: str) -> str:
     if not re.fullmatch(r"[\x21-\x7e]+", token):
         raise SettingsError([f"{name}: a token is one line of visible ASCII characters without spaces"])
+    if len(token) < TOKEN_CHARS_MIN:  # a shorter one could not be told from other text when logs are cleaned of it
+        raise SettingsError([f"{name}: a token has at least {TOKEN_CHARS_MIN} characters; this one has {len(token)}"])
     return token
 
 

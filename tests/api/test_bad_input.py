@@ -148,7 +148,7 @@ def assert_envelope(answer: Answer, code: str, correlation_id: str | None = None
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name.replace(" ", "-"))
 def test_bad_input_gets_its_status_the_envelope_and_the_correlation_id(server: Server, case: Case) -> None:
     """Whatever comes in, the answer has the right status, our envelope and the client's correlation ID."""
-    headers: HeaderList = [*case.headers, ("X-Correlation-Id", CID.encode())]
+    headers: HeaderList = [("X-Correlation-Id", CID.encode()), *case.headers]
     answer = server.call(case.method, case.target, headers, case.body)
     assert answer.http_status == case.http_status
     assert answer.correlation_id == CID

@@ -66,7 +66,7 @@ def test_the_page_runs_no_inline_script(server: Server) -> None:
     assert "default-src 'none'" in policy
     assert "unsafe" not in policy
     assert re.findall(r"<script(?![^>]*\bsrc=)", answer.body.decode()) == []
-    assert b"persistAuthorization: true" in fetch(server, "/ui/init.js")
+    assert b"persistAuthorization: false" in fetch(server, "/ui/init.js")
     for name in ASSETS:
         assert fetch(server, f"/ui/{name}")
 

@@ -199,10 +199,10 @@ def test_serve_options_win(llama_orch: Invoke, started: list[tuple[object, ...]]
 @pytest.mark.spec("HP-SEC-3")
 def test_serve_refuses_a_weak_token_on_a_public_address(llama_orch: Invoke, started: list[tuple[object, ...]]) -> None:
     """An address that others reach needs a token of 128 bits; the message does not show the weak one."""
-    result = llama_orch("serve", "--host", "0.0.0.0", LLORCH_API_TOKEN="hunter2")
+    result = llama_orch("serve", "--host", "0.0.0.0", LLORCH_API_TOKEN="hunter2hunter2hunter2")
     assert result.exit_code == 1
     assert "128 bits" in result.stderr
-    assert "hunter2" not in result.output
+    assert "hunter2hunter2hunter2" not in result.output
     assert started == []
     assert llama_orch("serve", "--host", "0.0.0.0").exit_code == 0
 

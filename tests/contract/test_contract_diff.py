@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+
 from tools.contract_diff import CURRENT, RELEASED, changes, verdict
 
 Edit = Callable[[dict[str, Any]], None]

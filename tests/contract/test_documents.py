@@ -19,6 +19,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from documents import METHODS, bundle, read_yaml
 from lint_contract import document_problems, lint, spec_ids, unknown_ids
 from llama_orch.contract.operations import ALLOW
+from tests.live.client import until
 from tests.live_service import LiveService, live_service
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -208,6 +209,7 @@ def last_frame(client: httpx.Client, task_id: str) -> str:
 
 def run_one_of_each(client: httpx.Client, service: LiveService) -> None:
     """Every form of prompt, both priorities, a refusal, a wait, a cancel, and the loss of a worker."""
+    until(lambda: all(pool["ready"] for pool in client.get("/v1/pools").json()["items"]))
     full = client.get("/v1/pools/full").json()["model"]
     for body in (
         {"prompt": "Once"},

@@ -24,8 +24,16 @@ from llama_orch.core.pool import Pool, Replica
 from llama_orch.core.prediction import ADVICE_MAX_MS, ADVICE_MIN_MS
 from llama_orch.core.queue import PRIORITIES
 from llama_orch.core.scheduler import Verdict
-from llama_orch.core.task import ENDED, Lease, Task
-from llama_orch.errors import AdmissionReject, Conflict, DeadlineUnmet, DecodeTimeout, LlorchError, PoolUnavailable
+from llama_orch.core.task import ENDED, Lease, Task, request_digest
+from llama_orch.errors import (
+    AdmissionReject,
+    Conflict,
+    DeadlineUnmet,
+    DecodeTimeout,
+    LlorchError,
+    PoolUnavailable,
+    PoolUnready,
+)
 from llama_orch.testing.builders import DIGEST, GIB, Host, a_device, a_pool, a_scheduler, a_task, an_outcome, submit
 
 POOL_IDS = ("p", "q")
@@ -205,7 +213,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             return submit(self.scheduler, task_id, now=self.now, pool_id=pool.spec.pool_id, **fields)
 
         if (known := self.lives.get(task_id)) is not None:
-            if known.task.request == request:
+            if known.task.request_digest == request_digest(request):
                 assert attempt().task is known.task
             else:
                 with pytest.raises(Conflict):
@@ -245,6 +253,9 @@ class SchedulerMachine(RuleBasedStateMachine):
             case AdmissionReject():
                 assert len(pool.queue) == pool.queue.capacity
                 assert self.victim(pool, request.priority) is None
+            case PoolUnready():
+                assert not pool.is_ready
+                assert pool.queue.capacity == 0
             case _:
                 pytest.fail(f"unexpected refusal: {error!r}")
 

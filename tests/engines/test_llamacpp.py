@@ -173,6 +173,6 @@ def test_what_decides_the_bytes_is_pinned() -> None:
     }
     configuration |= {"model_path": "/x", "slot_save_path": "/x/", "cache_ram_mib": 0, "tensor_split": [2.0, 1.0]}
     params = worker_module.parameters(xllamacpp, configuration)
-    assert (params.n_batch, params.n_ubatch, params.kv_unified, params.n_ctx) == (2048, 512, False, 768)
+    assert (params.n_batch, params.n_ubatch, params.kv_unified, params.n_ctx) == (128, 128, False, 768)
     assert (params.ui, params.fit_params, params.n_gpu_layers, params.server_tools) == (False, False, 0, [])
     assert list(params.tensor_split)[:3] == [2.0, 1.0, 0.0]

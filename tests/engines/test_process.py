@@ -89,7 +89,7 @@ def test_a_key_never_reaches_the_log(caplog: pytest.LogCaptureFixture) -> None:
         run(main())
     assert caplog.records
     assert all(_KEY not in record.getMessage() and "\x1b" not in record.getMessage() for record in caplog.records)
-    assert {record.__dict__["replica_id"] for record in caplog.records} == {"r-1"}
+    assert {record.__dict__["fields"]["replica_id"] for record in caplog.records} == {"r-1"}
 
 
 @pytest.mark.spec("HP-SEC-7")

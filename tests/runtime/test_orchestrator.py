@@ -11,9 +11,11 @@ from msgspec import structs
 
 from llama_orch.contract.config import PoolSettings, QueueSettings, ServerSettings, TasksSettings
 from llama_orch.contract.models import Priority, TaskState
+from llama_orch.devices.inventory import Source
 from llama_orch.engines.simulated import ServiceModel
 from llama_orch.errors import (
     AdmissionReject,
+    Conflict,
     DeadlineUnmet,
     InvalidParams,
     NotFound,
@@ -359,7 +361,7 @@ def test_ended_tasks_are_kept_for_their_time(monkeypatch: pytest.MonkeyPatch) ->
         await asyncio.sleep(2)
         with pytest.raises(NotFound, match="kept for 60 s"):
             stage.service.get_task(first.task_id)
-        monkeypatch.setattr(orchestrator_module, "RETAINED_BYTES_MAX", 3000)
+        monkeypatch.setattr(orchestrator_module, "RETAINED_BYTES_MAX", 9000)
         ids = []
         for _ in range(10):
             ids.append((await stage.service.submit(a_task(max_tokens=10))).task_id)
@@ -442,5 +444,117 @@ def test_lists_are_newest_first_and_paged() -> None:
             stage.service.list_tasks(state=None, session_id=None, limit=2, cursor="nonsense")
         done = stage.service.list_tasks(state=TaskState.QUEUED, session_id=None, limit=50, cursor=None)
         assert all(item.state is TaskState.QUEUED for item in done.items)
+
+    rehearse(scenario)
+
+
+def test_a_device_that_cannot_be_read_does_not_end_the_service(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No descriptor left, say: the last figure stays, and tasks go on."""
+
+    async def scenario(stage: Stage) -> None:
+        def fails(self: Source) -> int:
+            raise OSError(24, "Too many open files")
+
+        monkeypatch.setattr(Source, "read_free_bytes", property(lambda source: lambda: fails(source)))
+        admission = await stage.service.submit(a_task(max_tokens=5))
+        assert events(await frames_of(stage, admission.task_id))[-1] == "end"
+
+    rehearse(scenario)
+
+
+@pytest.mark.spec("HP-STR-3")
+def test_tokens_in_is_counted_for_tasks_that_were_admitted_on_a_bound() -> None:
+    """The metrics frames of a task that came while the model was loading have its real count."""
+
+    async def scenario(stage: Stage) -> None:
+        admission = await stage.service.submit(a_task(prompt="a b c", max_tokens=15))
+        frames = await frames_of(stage, admission.task_id)
+        running = [f.data["tokens_in"] for f in frames if f.event == "metrics" and f.data["tokens_out"]]
+        assert running
+        assert set(running) == {frames[-1].data["tokens_in"]}
+
+    rehearse(scenario, is_loaded=False)
+
+
+def test_ids_are_the_same_in_either_case() -> None:
+    """A session is found by its UUID whatever the case of its letters was."""
+
+    async def scenario(stage: Stage) -> None:
+        session = "ABCDEF00-0000-4000-8000-000000000001"
+        await stage.service.submit(a_task(session_id=session, max_tokens=1))
+        found = stage.service.list_tasks(state=None, session_id=session.lower(), limit=5, cursor=None)
+        assert len(found.items) == 1
+
+    rehearse(scenario)
+
+
+def test_an_ended_task_keeps_its_figures_and_not_its_prompt() -> None:
+    """Prompts may be megabytes; a repeat of the same body is still recognised, and another one is a conflict."""
+
+    async def scenario(stage: Stage) -> None:
+        request = a_task(task_id="3f2b8c1e-9d5a-4c57-8a43-0c7d5b1f2e90", prompt="x " * 1000, max_tokens=1)
+        await frames_of(stage, (await stage.service.submit(request)).task_id)
+        task = stage.orchestrator.scheduler.tasks["3f2b8c1e-9d5a-4c57-8a43-0c7d5b1f2e90"]
+        assert task.request.prompt is None
+        assert (await stage.service.submit(request)).task_id == task.task_id
+        with pytest.raises(Conflict):
+            await stage.service.submit(structs.replace(request, prompt="other"))
+
+    rehearse(scenario)
+
+
+@pytest.mark.spec("HP-ADM-7")
+def test_a_text_that_no_vocabulary_could_fit_is_refused_without_counting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody makes the worker count megabytes for a context of 2,048 tokens."""
+
+    async def scenario(stage: Stage) -> None:
+        async def count(text: str) -> int:
+            raise AssertionError("it was counted")
+
+        monkeypatch.setattr(stage.worker(), "count_tokens", count)
+        with pytest.raises(InvalidParams, match="cannot fit the context"):
+            await stage.service.submit(a_task(prompt="x" * 1_000_000))
+
+    rehearse(scenario)
+
+
+@pytest.mark.spec("HP-ADM-3")
+def test_a_full_queue_refuses_before_anything_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A refusal costs the worker nothing."""
+
+    async def scenario(stage: Stage) -> None:
+        for _ in range(2):
+            await stage.service.submit(a_task(max_tokens=50))
+
+        async def count(text: str) -> int:
+            raise AssertionError("it was counted")
+
+        monkeypatch.setattr(stage.worker(), "count_tokens", count)
+        with pytest.raises(AdmissionReject):
+            await stage.service.submit(a_task())
+
+    rehearse(scenario, PoolSettings(slots=1, queue=QueueSettings(capacity=1)))
+
+
+def test_a_pool_with_room_is_preferred_to_a_full_one() -> None:
+    """Of two pools on one model, the one whose queue is full is not chosen while the other has places."""
+
+    async def scenario(stage: Stage) -> None:
+        for _ in range(8):
+            await stage.service.submit(a_task(max_tokens=50))
+        assert len(stage.orchestrator.scheduler.pools["b"].queue) > 1
+
+    tiny = PoolSettings(id="a", slots=4, queue=QueueSettings(capacity=1))
+    rehearse(scenario, tiny, PoolSettings(id="b", slots=1))
+
+
+@pytest.mark.spec("HP-STR-1")
+def test_a_number_behind_the_end_still_gets_the_last_frame() -> None:
+    """Last-Event-ID 999 on an ended stream: the last frame again, not an empty answer."""
+
+    async def scenario(stage: Stage) -> None:
+        task_id = (await stage.service.submit(a_task(max_tokens=2))).task_id
+        await frames_of(stage, task_id)
+        assert events(parse(await read_all(stage.service.open_stream(task_id, 999)))) == ["end"]
 
     rehearse(scenario)

@@ -23,6 +23,11 @@ log = logging.getLogger("llama_orch.api")
 _is_correlation_id = re.compile(rb"[!-~]{1,128}").fullmatch  # nothing that could break a header or a line of the log
 
 
+def usable_correlation_id(given: list[bytes]) -> str:
+    """The first that came, where it is harmless; else a new one (HP-SEC-2)."""
+    return given[0].decode("ascii") if given and _is_correlation_id(given[0]) else new_id()
+
+
 class Head(NamedTuple):
     """What the edge reads of the headers."""
 
@@ -44,8 +49,7 @@ class Head(NamedTuple):
                 hosts.append(value)
             elif name == b"content-length":
                 length = value
-        is_usable = bool(given) and _is_correlation_id(given[0])
-        return cls(given[0].decode("ascii") if is_usable else new_id(), hosts, length, size)
+        return cls(usable_correlation_id(given), hosts, length, size)
 
 
 class Edge:

@@ -1,23 +1,72 @@
-"""uvicorn's HTTP parser, so that a request that is not HTTP is refused in our words too. It never reaches the ASGI
-application; uvicorn's own answer is plain text without a correlation ID."""
+"""uvicorn's HTTP parser with what has to happen before a request is whole: limits on its head in size and time, and a
+refusal in our words where uvicorn would answer in plain text without a correlation ID. None of it reaches the ASGI
+application, and none of it needs a token, so that nobody can hold memory or descriptors without one."""
 
 from __future__ import annotations
 
+import asyncio
+
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from llama_orch.api.edge import usable_correlation_id
 from llama_orch.api.refusals import rendered
-from llama_orch.clock import new_id
-from llama_orch.errors import InvalidParams
+from llama_orch.errors import HeadersTooLarge, InvalidParams, LlorchError
+
+HEAD_MAX_BYTES = 65536  # request line and headers as they come, before the edge looks at them one by one
+HEAD_LIMIT_S = 20.0  # from the connection, or from the first byte of a further request, to the end of the head
 
 
 class HttpProtocol(HttpToolsProtocol):
     """For `uvicorn.Config(http=...)`."""
 
+    _head_bytes = 0
+    _is_in_head = True
+    _head_timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as in uvicorn
+        super().connection_made(transport)
+        self._start_timer()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_timer()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        if self._is_in_head:
+            self._head_bytes += len(data)
+            self._start_timer()
+        super().data_received(data)
+        if self._is_in_head and self._head_bytes > HEAD_MAX_BYTES:
+            self._refuse(HeadersTooLarge(f"the request's head exceeds {HEAD_MAX_BYTES} bytes"))
+
+    def on_headers_complete(self) -> None:
+        self._is_in_head = False
+        self._stop_timer()
+        super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        self._is_in_head, self._head_bytes = True, 0
+        super().on_message_complete()
+
+    def _start_timer(self) -> None:
+        if self._head_timer is None:
+            self._head_timer = self.loop.call_later(HEAD_LIMIT_S, self.transport.close)
+
+    def _stop_timer(self) -> None:
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
+
     def send_400_response(self, msg: str) -> None:
-        """What the client sent as its correlation ID may not even be parsed yet, so it gets a new one."""
-        correlation_id = new_id()
-        headers, body = rendered(InvalidParams("the request is not valid HTTP/1.1"), correlation_id)
+        self._refuse(InvalidParams("the request is not valid HTTP/1.1"))
+
+    def _refuse(self, error: LlorchError) -> None:
+        given = [value for name, value in self.headers or () if name == b"x-correlation-id"]
+        correlation_id = usable_correlation_id(given)  # of the headers that were parsed so far
+        headers, body = rendered(error, correlation_id)
+        headers = [header for header in headers if header[0].lower() != b"connection"]
         headers += [(b"x-correlation-id", correlation_id.encode()), (b"connection", b"close")]
         lines = b"".join(name + b": " + value + b"\r\n" for name, value in headers)
-        self.transport.write(b"HTTP/1.1 400 Bad Request\r\n" + lines + b"\r\n" + body)
+        reason = b"Bad Request" if error.http_status == 400 else b"Request Header Fields Too Large"
+        self.transport.write(b"HTTP/1.1 %d %b\r\n" % (error.http_status, reason) + lines + b"\r\n" + body)
         self.transport.close()

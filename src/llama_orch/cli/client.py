@@ -167,6 +167,8 @@ class Client:
             try:
                 for frame in self._frames(path, parser):
                     failures, last_event_id = 0, parser.last_id
+                    if isinstance(frame, Error) and frame.policy_label == "slow-reader":
+                        break  # about this connection, not about the task: take the stream up again behind it
                     yield frame
                     if isinstance(frame, EndFrame | Error):
                         return

@@ -133,7 +133,7 @@ def _own_service(env: Mapping[str, str]) -> Iterator[Client]:
 
 
 def _run_task(client: Client, request: TaskRequest, as_json: bool) -> int:
-    from llama_orch.cli.client import UnreachableError
+    from llama_orch.cli.client import ApiError, UnreachableError
     from llama_orch.cli.run_output import JsonFrames, Text
 
     assert request.task_id is not None
@@ -157,6 +157,10 @@ def _run_task(client: Client, request: TaskRequest, as_json: bool) -> int:
             silence_stdout()
             _cancel(client, request.task_id, is_admitted)
             return DONE  # the reader has what it wanted
+        except ApiError:
+            if is_admitted:
+                _cancel(client, request.task_id, is_admitted)
+            raise
         except UnreachableError:
             if is_admitted:
                 note(f"the task may go on: llama-orch tasks get {request.task_id}")

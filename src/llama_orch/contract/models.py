@@ -199,7 +199,7 @@ class TaskList(Struct, kw_only=True, frozen=True):
 
 
 class StartedFrame(Struct, kw_only=True, frozen=True):
-    """The first frame of every stream; sent at admission or when decoding starts."""
+    """The first frame of every stream, written at admission."""
 
     task_id: Uuid
     queue_position: Annotated[int, Meta(ge=0, le=2147483647)] | None
@@ -421,7 +421,7 @@ class PoolMetrics(Struct, kw_only=True, frozen=True):
 class PoolHealth(Struct, kw_only=True, frozen=True):
     """How a pool fares."""
 
-    live: bool  # At least one replica is loading or ready.
+    live: bool  # At least one replica serves or may yet serve.
     ready: bool  # At least one replica serves.
     draining: bool
     last_error: str | None

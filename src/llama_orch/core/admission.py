@@ -12,6 +12,8 @@ from llama_orch.errors import InvalidParams, NotFound, PoolUnready
 
 # A token covers at least one byte of text; this many more may be put around it (start of text, a leading space).
 EXTRA_TOKENS = 8
+# The longest tokens of known vocabularies are runs of 128 blanks; a text of more characters per token fits nowhere.
+TOKEN_CHARS_MAX = 256
 
 
 def matching_pools(pools: Sequence[Pool], request: TaskRequest) -> list[Pool]:
@@ -70,6 +72,19 @@ def check_request(request: TaskRequest, spec: PoolSpec, sampler_profiles: Iterab
     version = request.sampler_profile_version
     if version is not None and version not in known:
         raise InvalidParams(f"unknown `sampler_profile_version` {version!r}; known: {', '.join(known)}")
+
+
+def check_size(request: TaskRequest, spec: PoolSpec) -> None:
+    """Refuse texts that cannot fit whatever the tokenizer makes of them, before anybody counts."""
+    texts = [request.prompt or "", *(request.inputs or ()), *(m.content for m in request.messages or ())]
+    longest = max(len(text) for text in texts)
+    if longest > spec.ctx * TOKEN_CHARS_MAX:
+        raise InvalidParams(
+            f"a text of {longest} characters cannot fit the context of {spec.ctx} tokens of pool {spec.pool_id}; "
+            "shorten it",
+            engine=spec.engine,
+            details={"characters": longest, "pool_ctx": spec.ctx},
+        )
 
 
 def token_bound(text: str) -> int:

@@ -1,4 +1,4 @@
-"""Pools, replicas, slots and device ledgers: what there is to run on, and who holds it."""
+"""Pools, replicas, slots and devices: what there is to run on, and who holds it."""
 
 from __future__ import annotations
 

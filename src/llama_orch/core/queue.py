@@ -42,6 +42,12 @@ class TaskQueue:
         """Whether anybody waits who goes before a newcomer of this priority."""
         return any(self._lines[priority] for priority in PRIORITIES[: PRIORITIES.index(newcomer) + 1])
 
+    def is_closed_to(self, newcomer: Priority) -> bool:
+        """Whether `put` would raise QueueFull."""
+        if len(self) < self.capacity:
+            return False
+        return self.full_policy == "reject" or self._droppable(newcomer) is None
+
     def put(self, task_id: str, priority: Priority) -> str | None:
         """Append; return the id that was dropped to make room, if any. Raises QueueFull."""
         dropped = self._make_room(priority)
@@ -51,14 +57,17 @@ class TaskQueue:
     def _make_room(self, newcomer: Priority) -> str | None:
         if len(self) < self.capacity:
             return None
-        if self.full_policy == "reject":
+        victims = None if self.full_policy == "reject" else self._droppable(newcomer)
+        if victims is None:
             raise QueueFull
-        for priority in reversed(PRIORITIES):  # the lowest priority that is present (HP-ADM-3)
+        return self._lines[victims].popitem(last=False)[0]
+
+    def _droppable(self, newcomer: Priority) -> Priority | None:
+        """The lowest priority that is present (HP-ADM-3), unless the newcomer would be served later than it."""
+        for priority in reversed(PRIORITIES):
             if self._lines[priority]:
-                if PRIORITIES.index(priority) < PRIORITIES.index(newcomer):
-                    break  # never drop for a newcomer that would be served later
-                return self._lines[priority].popitem(last=False)[0]
-        raise QueueFull
+                return priority if PRIORITIES.index(priority) >= PRIORITIES.index(newcomer) else None
+        return None
 
     def head(self) -> str | None:
         return next(iter(self), None)

@@ -13,6 +13,7 @@ from llama_orch.errors import (
     Canceled,
     DeadlineUnmet,
     PoolUnavailable,
+    PoolUnready,
     QueueFullDropLru,
     WorkerReset,
 )
@@ -28,6 +29,13 @@ def ending(pool: Pool) -> PoolUnavailable:
         "the service is ending and takes no new tasks; submit the task again once it is back",
         engine=pool.spec.engine,
         retry_after_ms=RESTART_MS,
+    )
+
+
+def unready(pool: Pool, wait_ms: int) -> PoolUnready:
+    state = "is loading its model" if pool.last_error is None else f"starts again after: {pool.last_error}"
+    return PoolUnready(
+        f"pool {pool.spec.pool_id} {state}; repeat shortly", engine=pool.spec.engine, retry_after_ms=wait_ms
     )
 
 
@@ -83,6 +91,10 @@ def reset(pool: Pool, replica_id: str, reason: str) -> WorkerReset:
         engine=pool.spec.engine,
         retry_after_ms=RESET_MS,
     )
+
+
+def service_ended(pool: Pool) -> Canceled:
+    return Canceled("the service ended; submit the task again once it is back", engine=pool.spec.engine)
 
 
 def canceled(pool: Pool) -> Canceled:

@@ -14,13 +14,13 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from llama_orch.contract.models import ReplicaState, TaskRequest, TaskState
+from llama_orch.contract.models import Priority, ReplicaState, TaskRequest, TaskState
 from llama_orch.core import admission, placement, refusals
 from llama_orch.core.effects import Abort, Admitted, Effect, Ended, Forget, Load, Start
 from llama_orch.core.pool import Device, Pool, Replica
 from llama_orch.core.prediction import Predictor
 from llama_orch.core.queue import QueueFull
-from llama_orch.core.task import ENDED, Outcome, Task, TaskEvent
+from llama_orch.core.task import ENDED, Outcome, Task, TaskEvent, request_digest
 from llama_orch.errors import Conflict, LlorchError, NotFound
 
 RETAINED_MAX = 10_000  # ended tasks kept at most, however long the time of retention is
@@ -59,7 +59,7 @@ class Scheduler:
     def repeated(self, request: TaskRequest) -> Task | None:
         """The task that this request has made before; Conflict when its id stands for another body (HP-ADM-8)."""
         task = None if request.task_id is None else self.tasks.get(request.task_id.lower())
-        if task is not None and task.request != request:
+        if task is not None and task.request_digest != request_digest(request):
             raise Conflict(
                 f"task {task.task_id} exists with another body; choose a new `task_id` or send the same body"
             )
@@ -69,11 +69,28 @@ class Scheduler:
         """The pool that the request would best go to now: ready ones first, then the least loaded per slot."""
         found = admission.matching_pools(list(self.pools.values()), request)
 
-        def load(pool: Pool) -> tuple[bool, bool, float]:
+        def load(pool: Pool) -> tuple[bool, bool, bool, float]:
             busy = sum(replica.slots_busy for replica in pool.replicas.values())
-            return (not pool.is_live, not pool.is_ready, (len(pool.queue) + busy) / max(1, pool.slots_total()))
+            is_full = bool(len(pool.queue)) and len(pool.queue) >= pool.queue.capacity
+            per_slot = (len(pool.queue) + busy) / max(1, pool.slots_total())
+            return (not pool.is_live, not pool.is_ready, is_full, per_slot)
 
         return min(found, key=load)
+
+    def check_room(self, pool: Pool, priority: Priority, now: float) -> None:
+        """Refuse what `submit` would refuse now whatever the prompt is: an early word, the verdict is `submit`'s."""
+        self._check_open(pool)
+        if pool.queue.is_closed_to(priority) and not self._has_free_slot(pool):
+            raise self._no_room(pool, now)
+
+    def _no_room(self, pool: Pool, now: float) -> LlorchError:
+        if not pool.is_ready and not len(pool.queue):  # a queue of no places is not what stands in the way
+            return refusals.unready(pool, self.predictor.ready_advice_ms(pool, now))
+        return refusals.full(pool, self.predictor.advice_ms(pool, self.tasks, now))
+
+    @staticmethod
+    def _has_free_slot(pool: Pool) -> bool:
+        return any(replica.can_take(exclusive=False) for replica in pool.replicas.values())
 
     def submit(
         self,
@@ -119,8 +136,10 @@ class Scheduler:
             raise refusals.gone(pool)
 
     def _check_deadline(self, pool: Pool, task: Task, now: float) -> None:
+        if task.deadline_s is None:
+            return
         wait_s = self.predictor.newcomer_wait_s(pool, task, self.tasks, now)
-        if task.deadline_s is None or wait_s is None or now + wait_s < task.deadline_s:
+        if wait_s is None or now + wait_s < task.deadline_s:
             return
         raise refusals.cannot_be_met(pool, task, wait_s, self.predictor.advice_ms(pool, self.tasks, now))
 
@@ -134,7 +153,7 @@ class Scheduler:
             except QueueFull:
                 del self.tasks[task.task_id]
                 self._effects.pop()
-                raise refusals.full(pool, self.predictor.advice_ms(pool, self.tasks, now)) from None
+                raise self._no_room(pool, now) from None
             if dropped is not None:
                 wait_ms = self.predictor.advice_ms(pool, self.tasks, now)
                 self._end(self.tasks[dropped], TaskEvent.FAIL, now, refusals.dropped(pool, wait_ms))
@@ -173,6 +192,12 @@ class Scheduler:
             pool = self.pools[task.pool_id]
             self._end(task, TaskEvent.CANCEL, now, refusals.canceled(pool))
             self._dispatch(pool, now)
+
+    def cancel_all(self, now: float) -> None:
+        """End every task that runs or waits, because the service ends."""
+        for task in list(self.tasks.values()):
+            if task.state not in ENDED:
+                self._end(task, TaskEvent.CANCEL, now, refusals.service_ended(self.pools[task.pool_id]))
 
     # What engines report comes late at times: a lost replica's tasks have ended by then, or are forgotten.
 
@@ -226,6 +251,7 @@ class Scheduler:
             pool.queue.remove(task.task_id)
         if task.deadline_s is not None:
             del self._deadlines[bisect_left(self._deadlines, (task.deadline_s, task.number, task.task_id))]
+        task.forget_texts()
         self._effects.append(Ended(task.task_id))
         self._retire(task, now)
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import hashlib
+from dataclasses import dataclass, field
 from enum import StrEnum
+
+import msgspec
+from msgspec import structs
 
 from llama_orch.contract.models import Determinism, FinishReason, Priority, TaskRequest, TaskState
 from llama_orch.errors import LlorchError
@@ -49,6 +53,11 @@ class Outcome:
     is_kv_warm: bool
 
 
+def request_digest(request: TaskRequest) -> bytes:
+    """Equal requests have equal digests; kept instead of the request's texts once the task has ended."""
+    return hashlib.sha256(msgspec.json.encode(request)).digest()
+
+
 @dataclass(slots=True, eq=False)
 class Task:
     """One admitted unit of work. Times are seconds of the scheduler's clock."""
@@ -72,6 +81,10 @@ class Task:
     tokens_out: int = 0
     outcome: Outcome | None = None
     error: LlorchError | None = None
+    request_digest: bytes = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.request_digest = request_digest(self.request)
 
     @property
     def is_strict(self) -> bool:
@@ -80,6 +93,10 @@ class Task:
     @property
     def priority(self) -> Priority:
         return self.request.priority
+
+    def forget_texts(self) -> None:
+        """An ended task is kept for its figures and its stream; its prompts may be megabytes."""
+        self.request = structs.replace(self.request, prompt=None, inputs=None, messages=None)
 
     def step(self, event: TaskEvent) -> None:
         self.state = TRANSITIONS[self.state, event]

@@ -31,6 +31,10 @@ class JobRefused(EngineError):
     """The engine refused this one job (for example a prompt over the context); the worker is still sound."""
 
 
+class EngineBusy(EngineError):
+    """This machine has nothing left for one more request (descriptors, buffers); the worker is still sound."""
+
+
 class DecodeStalled(EngineError):
     """No token came for longer than the job's idle limit; the worker must be replaced."""
 

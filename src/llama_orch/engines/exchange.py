@@ -7,11 +7,14 @@ exchange is a WorkerLost; what the answer says is the caller's to judge.
 from __future__ import annotations
 
 import asyncio
+import errno
 
 import httptools
 
-from llama_orch.engines.base import WorkerLost
+from llama_orch.engines.base import EngineBusy, WorkerLost
 
+# Our own process or the machine has nothing left; the worker is not to blame.
+NOTHING_LEFT = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM, errno.EAGAIN)
 _READ_BYTES = 1 << 16
 _HEADERS_MAX = 64
 _BODY_BYTES_MAX = 64 << 20  # /tokenize answers about 7 bytes for each token
@@ -41,6 +44,8 @@ class Exchange:
             self._writer.write(head.encode("ascii") + body)
             await self._writer.drain()
         except OSError as error:
+            if error.errno in NOTHING_LEFT:
+                raise EngineBusy(f"no connection to the worker could be made: {error.strerror}") from error
             raise WorkerLost(f"the worker does not take requests: {error.strerror or error}") from error
 
     async def read_head(self) -> int:

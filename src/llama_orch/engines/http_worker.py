@@ -25,7 +25,6 @@ from llama_orch.engines.base import (
 from llama_orch.engines.client import CompletionEvent, CompletionStream, LlamaClient, Timings, completion_body
 from llama_orch.engines.process import STALL_TIMEOUT_S, WorkerProcess
 
-_CANCEL_LIMIT_S = 2.0
 _START_WAIT_S = 0.25
 _POLL_FIRST_S = 0.001
 _POLL_MAX_S = 0.05
@@ -89,12 +88,12 @@ class HttpWorker:
                 if event.content or new:
                     yield Chunk(event.content, new)
         except GeneratorExit:
-            await self._cancel(stream, job.slot)
+            await self._cancel(stream, job)
             raise
         except asyncio.CancelledError:
             # The cancel itself must go on upwards; a worker that does not stop is killed, and `lost` tells.
             with suppress(WorkerLost):
-                await self._cancel(stream, job.slot)
+                await self._cancel(stream, job)
             raise
         finally:
             stream.close()
@@ -104,17 +103,19 @@ class HttpWorker:
     async def stop(self, grace_s: float) -> None:
         await self._process.stop(grace_s)
 
-    async def _cancel(self, stream: CompletionStream, slot: int) -> None:
-        """Close the stream and wait until the slot is free; a worker that goes on decoding is killed."""
+    async def _cancel(self, stream: CompletionStream, job: Job) -> None:
+        """Close the stream and wait until the slot is free. The engine looks up between two batches of a prompt, which
+        may take long: a worker is killed for going on only where silence would have ended it as well."""
         await stream.has_started(_START_WAIT_S)
         stream.close()
         try:
-            async with asyncio.timeout(_CANCEL_LIMIT_S):
-                await self._slot_is_free(slot)
+            async with asyncio.timeout(job.idle_timeout_s):
+                await self._slot_is_free(job.slot)
         except TimeoutError as error:
             self._process.kill_soon()
-            raise WorkerLost(f"slot {slot} went on decoding for {_CANCEL_LIMIT_S:g} s after its cancel") from error
-        except asyncio.CancelledError:
+            late = f"slot {job.slot} went on decoding for {job.idle_timeout_s:g} s after its cancel"
+            raise WorkerLost(late) from error
+        except (asyncio.CancelledError, WorkerLost):  # nobody knows whether it still decodes
             self._process.kill_soon()
             raise
 

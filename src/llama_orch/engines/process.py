@@ -238,10 +238,10 @@ def session_members(session_id: int) -> list[int]:
             continue
         try:
             # After the last ")" come state, ppid, pgrp, session; the name before it may hold anything.
-            state, _, _, session = Path(f"/proc/{entry}/stat").read_text().rpartition(")")[2].split()[:4]
+            state, _, _, session = Path(f"/proc/{entry}/stat").read_bytes().rpartition(b")")[2].split()[:4]
         except OSError:
             continue
-        if int(session) == session_id and state not in "ZX":
+        if int(session) == session_id and state not in b"ZX":
             if int(entry) == session_id:
                 return []
             members.append(int(entry))

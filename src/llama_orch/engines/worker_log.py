@@ -62,7 +62,7 @@ class WorkerLog:
 
     def say(self, level: int, message: str) -> None:
         """Log a sentence of our own with the worker's fields."""
-        _log.log(level, message, extra=self._fields)
+        _log.log(level, message, extra={"fields": self._fields})
 
     def _take(self, raw: bytes) -> None:
         line = _CONTROL.sub("\N{REPLACEMENT CHARACTER}", raw[:_LINE_CHARS_MAX].decode(errors="replace").rstrip())
@@ -73,7 +73,7 @@ class WorkerLog:
         self.lines.append(line)
         is_error = self._note_error(line)
         self._note_buffer(line)
-        _log.log(logging.WARNING if is_error else logging.DEBUG, line, extra=self._fields)
+        _log.log(logging.WARNING if is_error else logging.DEBUG, line, extra={"fields": self._fields})
 
     def _note_error(self, line: str) -> bool:
         """Remember the line if it explains a failure; True when it is an error at all."""

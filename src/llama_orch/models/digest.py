@@ -9,9 +9,12 @@ import hashlib
 import json
 import os
 import tempfile
+import threading
+from contextlib import suppress
 from pathlib import Path
 
 ENTRIES_MAX = 1000
+CHUNK_BYTES = 1 << 22
 
 
 class Digests:
@@ -19,17 +22,33 @@ class Digests:
 
     def __init__(self, file: Path) -> None:
         self._file = file
+        self._turn = threading.Lock()
+        self._stopped = threading.Event()
 
     def of(self, path: Path) -> str:
         """`sha256:` and the digest. Blocks for as long as reading the file takes: call it in a thread."""
         stat = path.stat()
         key = f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}|{stat.st_ino}"
-        known = self._read()
-        if key not in known:
-            with path.open("rb") as content:
-                known[key] = "sha256:" + hashlib.file_digest(content, "sha256").hexdigest()
-            self._write(dict(list(known.items())[-ENTRIES_MAX:]))
-        return known[key]
+        with self._turn:  # replicas of one model ask at the same time; the file is read for the first of them
+            known = self._read()
+            if key not in known:
+                known[key] = f"sha256:{self._hash(path)}"
+                with suppress(OSError):  # a full disk costs the next start a read, not this one its model
+                    self._write(dict(list(known.items())[-ENTRIES_MAX:]))
+            return known[key]
+
+    def stop(self) -> None:
+        """Give up whatever is being read: the service ends."""
+        self._stopped.set()
+
+    def _hash(self, path: Path) -> str:
+        digest = hashlib.sha256()
+        with path.open("rb") as content:
+            while chunk := content.read(CHUNK_BYTES):
+                digest.update(chunk)
+                if self._stopped.is_set():
+                    raise InterruptedError(f"{path.name} was not read to its end")
+        return digest.hexdigest()
 
     def _read(self) -> dict[str, str]:
         try:
@@ -40,6 +59,9 @@ class Digests:
 
     def _write(self, known: dict[str, str]) -> None:
         handle, name = tempfile.mkstemp(dir=self._file.parent, prefix=".digests-")
-        with os.fdopen(handle, "w") as file:
-            json.dump(known, file)
-        Path(name).replace(self._file)
+        try:
+            with os.fdopen(handle, "w") as file:
+                json.dump(known, file)
+            Path(name).replace(self._file)
+        finally:
+            Path(name).unlink(missing_ok=True)

@@ -1,7 +1,4 @@
-"""One task's decoding: its prompts on its slot, chunks into its stream, and the figures that remain.
-
-Engine errors become the contract's errors here, once.
-"""
+"""One task's decoding: its prompts on its slot, chunks into its stream, and the figures that remain."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ import asyncio
 import logging
 from collections.abc import Coroutine, Sequence
 from contextlib import suppress
-from typing import Any
+from typing import Any, NamedTuple
 
 from msgspec import structs
 
@@ -25,26 +25,33 @@ from llama_orch.core.prediction import Outlook
 from llama_orch.core.scheduler import Scheduler
 from llama_orch.core.task import ENDED, Outcome, Task
 from llama_orch.devices.inventory import Source
-from llama_orch.engines.base import DecodeStalled, EngineError, JobRefused, Worker, WorkerFacts, WorkerLost
+from llama_orch.engines.base import DecodeStalled, EngineBusy, JobRefused, WorkerFacts, WorkerLost
 from llama_orch.errors import (
-    Canceled,
     DecodeTimeout,
     Internal,
     InvalidParams,
     LlorchError,
-    PoolUnready,
     ReplicaExhausted,
 )
 from llama_orch.observe.journal import Journal
 from llama_orch.runtime import jobs, views
+from llama_orch.runtime.intake import Intake, Measured
 from llama_orch.runtime.replicas import Listener, Replicas
 from llama_orch.runtime.streams import Reader, TaskStream
 
 log = logging.getLogger("llama_orch.orchestrator")
 
+DEVICES_FRESH_S = 0.25
 FRESHEN_S = 1.0  # between two `metrics` frames of a task
 RETAINED_BYTES_MAX = 128 * 2**20  # of all streams together; beyond it the oldest ended tasks are forgotten
 DRAIN_LIMIT_S = 30.0  # for running tasks, once the service is told to end
+
+
+class Running(NamedTuple):
+    """A task and the asyncio task that decodes it."""
+
+    task: Task
+    job: asyncio.Task[None]
 
 
 class Orchestrator:
@@ -66,13 +73,16 @@ class Orchestrator:
         self._settings = settings
         self._sources = sources
         self._streams: dict[str, TaskStream] = {}
-        self._prompts: dict[str, Sequence[str] | None] = {}
-        self._jobs: dict[str, asyncio.Task[None]] = {}
+        self._intake = Intake(replicas, scheduler.predictor)
+        # By task number, not by task id: an id may come again while the job of its forgotten task still winds down.
+        self._prompts: dict[int, Sequence[str]] = {}
+        self._jobs: dict[int, Running] = {}
         self._group: asyncio.TaskGroup | None = None
         self._wake = asyncio.Event()
         self._idle = asyncio.Event()
         self._retained_bytes = 0
         self._fresh_until = 0.0
+        self._devices_fresh_until = 0.0
         self.streams_open = 0
         replicas.listen(Listener(self._replica_ready, self._replica_lost, self.scheduler.replica_explained))
 
@@ -89,7 +99,7 @@ class Orchestrator:
                 await asyncio.Event().wait()
             finally:  # before the group ends its tasks: nothing may start in their place
                 self.scheduler.drain(self._clock.now())
-                self._perform()
+                self._cancel_all()
 
     def _spawn(self, coroutine: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
         if self._group is None:
@@ -105,8 +115,11 @@ class Orchestrator:
                 while not self.scheduler.is_idle:
                     self._idle.clear()
                     await self._idle.wait()
-        for task_id in list(self._jobs):
-            self._cancel(task_id)
+        self._cancel_all()
+
+    def _cancel_all(self) -> None:
+        self.scheduler.cancel_all(self._clock.now())
+        self._perform()
 
     async def _keep_time(self) -> None:
         """Deadlines, restarts and retention when they are due; `metrics` frames every second while tasks are about."""
@@ -120,20 +133,29 @@ class Orchestrator:
             with suppress(TimeoutError):
                 async with asyncio.timeout(wait_s):
                     await self._wake.wait()
-            for source in self._sources:
-                self.scheduler.device_seen(source.device.device_id, source.read_free_bytes())
+            self._look_at_devices()
             self.scheduler.tick(self._clock.now())
             self._perform()
             if self._clock.now() >= self._fresh_until:
                 self._fresh_until = self._clock.now() + FRESHEN_S
                 self._freshen()
 
+    def _look_at_devices(self) -> None:
+        """What is free on each device, for placement. A device that cannot be read keeps its last figure."""
+        if self._clock.now() < self._devices_fresh_until:
+            return
+        self._devices_fresh_until = self._clock.now() + DEVICES_FRESH_S
+        for source in self._sources:
+            try:
+                self.scheduler.device_seen(source.device.device_id, source.read_free_bytes())
+            except OSError as error:  # no descriptor left, for example: no reason to end the service
+                log.warning("device %s could not be read: %s", source.device.device_id, error)
+
     # -- the service's surface -----------------------------------------------------------------------------------------
 
     async def submit(self, request: TaskRequest) -> Task:
         """Admit a task. Raises the contract's refusals."""
-        if request.task_id is not None:  # a UUID is the same in either case of its letters, and so is its task
-            request = structs.replace(request, task_id=request.task_id.lower())
+        request = _with_lower_ids(request)
         pool: Pool | None = None
         try:
             earlier = self.scheduler.repeated(request)
@@ -141,72 +163,33 @@ class Orchestrator:
                 return earlier
             pool = self.scheduler.choose_pool(request)
             admission.check_request(request, pool.spec, self._settings.sampler_profiles)
-            prompts, counts = await self._measure(pool, request)
-            return self._admit(pool, request, prompts, counts)
+            self.scheduler.check_room(pool, request.priority, self._clock.now())  # before anything is spent on it
+            return self._admit(pool, request, await self._intake.measure(pool, request, self._clock.now()))
         except LlorchError as error:
             self._journal.refused(request, pool, error)
             raise
 
-    def _admit(
-        self, pool: Pool, request: TaskRequest, prompts: Sequence[str] | None, counts: Sequence[int] | None
-    ) -> Task:
-        bounds = [] if counts is not None else [admission.token_bound(prompt) for prompt in prompts or ()]
+    def _admit(self, pool: Pool, request: TaskRequest, measured: Measured) -> Task:
+        bounds = [admission.token_bound(prompt) for prompt in measured.prompts] if measured.counts is None else []
+        self._look_at_devices()
         verdict = self.scheduler.submit(
             request,
             task_id=request.task_id or new_id(),
             seed=new_seed() if request.seed is None else request.seed,
             pool_id=pool.spec.pool_id,
-            prompt_tokens=bounds if counts is None else counts,
-            are_tokens_exact=counts is not None,
+            prompt_tokens=bounds if measured.counts is None else measured.counts,
+            are_tokens_exact=measured.counts is not None,
             correlation_id=correlation_id.get(),
             now=self._clock.now(),
         )
         if not verdict.is_repeat:
-            self._prompts[verdict.task.task_id] = prompts
+            self._prompts[verdict.task.number] = measured.prompts
             self._perform()
             self._wake.set()
         return verdict.task
 
-    async def _measure(self, pool: Pool, request: TaskRequest) -> tuple[Sequence[str], Sequence[int] | None]:
-        """The prompts as the engine will see them, and their lengths in the model's own tokens (HP-ADM-7).
-
-        While no replica can be asked, a prompt is let in only if it fits whatever the tokenizer makes of it.
-        """
-        worker = next((w for r in pool.replicas if (w := self.replicas.worker(r)) is not None), None)
-        if worker is not None:
-            try:
-                prompts = await self._render(worker, request)
-                return prompts, [await worker.count_tokens(prompt) for prompt in prompts]
-            except JobRefused as error:
-                hint = "; end `messages` with a `user` turn or send a `prompt`" if request.messages else ""
-                raise InvalidParams(
-                    f"{pool.spec.engine} refuses this: {error}{hint}", engine=pool.spec.engine
-                ) from error
-            except EngineError as error:
-                log.warning("pool %s could not count tokens: %s", pool.spec.pool_id, error)
-        prompts = _raw_prompts(request)
-        asked = request.max_tokens or 1
-        if prompts and all(admission.token_bound(prompt) + asked <= pool.spec.ctx for prompt in prompts):
-            return prompts, None
-        if not pool.is_live:
-            return prompts or [""], None  # the scheduler refuses it, with the reason
-        raise PoolUnready(
-            f"pool {pool.spec.pool_id} is loading its model; repeat shortly",
-            engine=pool.spec.engine,
-            retry_after_ms=self.scheduler.predictor.ready_advice_ms(pool, self._clock.now()),
-        )
-
-    async def _render(self, worker: Worker, request: TaskRequest) -> Sequence[str]:
-        if request.messages is None:
-            return _raw_prompts(request)
-        messages = [{"role": message.role.value, "content": message.content} for message in request.messages]
-        return [await worker.render_chat(messages)]
-
     def cancel(self, task_id: str) -> None:
         """Nothing is emitted for the task once this has returned, but its `error` CANCELED (HP-STR-6)."""
-        self._cancel(task_id)
-
-    def _cancel(self, task_id: str) -> None:
         self.scheduler.cancel(task_id, self._clock.now())
         self._perform()
 
@@ -258,8 +241,9 @@ class Orchestrator:
             case Start(task_id):
                 self._start(self.scheduler.tasks[task_id])
             case Abort(task_id):
-                if (job := self._jobs.get(task_id)) is not None:  # it may have found the loss by itself
-                    job.cancel()
+                running = self._jobs.get(self.scheduler.tasks[task_id].number)
+                if running is not None:  # it may have found the loss by itself
+                    running.job.cancel()
             case Ended(task_id):
                 self._end(self.scheduler.tasks[task_id])
             case Forget(task_id):
@@ -275,13 +259,13 @@ class Orchestrator:
     def _start(self, task: Task) -> None:
         self._journal.started(task, self.scheduler.pools[task.pool_id], self._clock.now())
         job = self._spawn(self._run_task(task), f"task {task.task_id}")
-        self._jobs[task.task_id] = job
+        self._jobs[task.number] = Running(task, job)
         # Not in the job itself: a job that is canceled before its first step runs none of its code.
         job.add_done_callback(lambda _: self._job_over(task))
 
     def _job_over(self, task: Task) -> None:
-        del self._jobs[task.task_id]
-        if task.state in ENDED:
+        del self._jobs[task.number]
+        if task.state in ENDED and self.scheduler.tasks.get(task.task_id) is task:
             self.scheduler.released(task.task_id, self._clock.now())
         self._perform()
 
@@ -293,7 +277,7 @@ class Orchestrator:
             stream.end(views.end_frame(task, task.outcome, pool))
         else:
             stream.end((task.error or Internal("the task ended without a result")).body(task.correlation_id))
-        self._prompts.pop(task.task_id, None)
+        self._prompts.pop(task.number, None)
         self._journal.ended(task, pool)
         self._retained_bytes += stream.size_bytes
         while self._retained_bytes > RETAINED_BYTES_MAX and self.scheduler.forget_oldest():
@@ -308,8 +292,7 @@ class Orchestrator:
         try:
             outcome = await self._decode(task, replica_id)
         except asyncio.CancelledError:
-            if task.state not in ENDED:  # not ours: the service ends
-                self.scheduler.failed(task.task_id, Canceled("the service ended"), self._clock.now())
+            if task.state not in ENDED:  # not ours: something else ends the service
                 raise
         except WorkerLost as error:
             self.replicas.condemn(replica_id, str(error))  # its loss ends the task
@@ -320,6 +303,9 @@ class Orchestrator:
         except JobRefused as error:
             refusal = InvalidParams(str(error), engine=self._engine(task))
             self.scheduler.failed(task.task_id, refusal, self._clock.now())
+        except EngineBusy as error:
+            busy = ReplicaExhausted(f"{error}; submit the task again", engine=self._engine(task), retry_after_ms=1000)
+            self.scheduler.failed(task.task_id, busy, self._clock.now())
         except Exception:
             # A defect of ours must end its task in its stream, not only in the log.
             log.exception("task %s failed in an unforeseen way", task.task_id)
@@ -335,9 +321,12 @@ class Orchestrator:
             raise WorkerLost("the worker was gone before decoding began")
         pool = self.scheduler.pools[task.pool_id]
         version = task.request.sampler_profile_version or pool.spec.sampler_profile_version
+        prompts = self._prompts[task.number]
+        if task.tokens_in is None:  # admitted on a bound, while the model was loading
+            self.scheduler.counted(task.task_id, sum([await worker.count_tokens(prompt) for prompt in prompts]))
         given = jobs.Assignment(
             worker=worker,
-            prompts=self._prompts.get(task.task_id) or await self._render(worker, task.request),
+            prompts=prompts,
             sampling=jobs.sampling_of(task.request, self._settings.sampler_profiles[version]),
             idle_timeout_s=self._settings.tasks.decode_idle_timeout_ms / 1000,
         )
@@ -377,10 +366,9 @@ class Orchestrator:
             outlooks = self.scheduler.predictor.outlooks(pool, self.scheduler.tasks, now) if len(pool.queue) else {}
             for task_id, outlook in outlooks.items():
                 self._streams[task_id].metrics(self._metrics_frame(self.scheduler.tasks[task_id], outlook))
-        for task_id in self._jobs:
-            task = self.scheduler.tasks.get(task_id)  # its job may wind down for longer than it is kept
-            if task is not None:
-                self._streams[task_id].metrics(self._metrics_frame(task, views.NOT_WAITING))
+        for running in self._jobs.values():
+            if running.task.state not in ENDED:
+                self._streams[running.task.task_id].metrics(self._metrics_frame(running.task, views.NOT_WAITING))
 
     def _metrics_frame(self, task: Task, outlook: Outlook) -> MetricsFrame:
         depth = len(self.scheduler.pools[task.pool_id].queue)
@@ -388,8 +376,7 @@ class Orchestrator:
         return views.metrics_frame(task, outlook, depth, chance)
 
 
-def _raw_prompts(request: TaskRequest) -> Sequence[str]:
-    """The prompts that need no template; none for `messages`."""
-    if request.prompt is not None:
-        return [request.prompt]
-    return request.inputs or []
+def _with_lower_ids(request: TaskRequest) -> TaskRequest:
+    """A UUID is the same in either case of its letters, and so is what it names."""
+    ids = {name: value.lower() for name in ("task_id", "session_id") if (value := getattr(request, name)) is not None}
+    return structs.replace(request, **ids) if ids else request

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from llama_orch.contract.config import PoolSettings, Settings
 from llama_orch.core.pool import Device, Pool, PoolSpec, Replica
 from llama_orch.core.queue import TaskQueue
 from llama_orch.devices.inventory import Source
 from llama_orch.engines.base import Engine, ReplicaSpec
+from llama_orch.models.gguf import read_gguf_header
 from llama_orch.models.references import ModelNotFound, resolve
 
 
@@ -58,7 +60,15 @@ def _pool_problem(pool: PoolSettings, engines: Mapping[str, Engine], sources: Se
     missing = [] if pool.devices == "auto" else [one for one in pool.devices if one not in known]
     if missing:
         return f"there is no device {', '.join(missing)}; this machine has: {', '.join(sorted(known))}"
-    return engines[pool.engine].refusal(path)
+    return engines[pool.engine].refusal(path) or _context_problem(pool, path)
+
+
+def _context_problem(pool: PoolSettings, path: Path) -> str | None:
+    """llama.cpp would quietly grant less; a context that was asked for is never lowered in silence."""
+    trained = read_gguf_header(path).context_length
+    if trained is None or pool.ctx <= trained:
+        return None
+    return f"ctx is {pool.ctx} tokens, but the model was trained with {trained}; set ctx to at most {trained}"
 
 
 def _add_pool(plan: Plan, pool: PoolSettings, engine: Engine, sources: Sequence[Source]) -> None:
@@ -88,7 +98,9 @@ def _add_pool(plan: Plan, pool: PoolSettings, engine: Engine, sources: Sequence[
 
 def _masks(pool: PoolSettings, sources: Sequence[Source]) -> list[list[Source]]:
     """The devices of each replica: one device each, in turn; all of them together only where a split was asked for."""
-    usable = [source for source in sources if pool.devices == "auto" or source.device.device_id in pool.devices]
+    by_id = {source.device.device_id: source for source in sources}
+    # In the pool's own order, which `tensor_split` counts by.
+    usable = list(sources) if pool.devices == "auto" else [by_id[device_id] for device_id in pool.devices]
     if pool.tensor_split is not None:
         return [usable]
     count = len(usable) if pool.replicas == "auto" else pool.replicas

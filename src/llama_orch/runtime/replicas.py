@@ -91,7 +91,14 @@ class Replicas:
             self._workers.pop(replica_id, None)
             self._condemned.pop(replica_id, None)
             if worker is not None:
-                await worker.stop(STOP_GRACE_S)
+                await self._stop(replica_id, worker)
+
+    async def _stop(self, replica_id: str, worker: Worker) -> None:
+        try:
+            await worker.stop(STOP_GRACE_S)
+        except Exception:
+            # The same defect, seen at the end of a life: the next life must still be possible.
+            log.exception("the worker of replica %s could not be stopped", replica_id)
 
     async def _serve(self, replica_id: str, spec: ReplicaSpec, worker: Worker) -> str | None:
         """From loading to loss; the reason of the loss, None when it was condemned and the loss is reported already."""
@@ -102,9 +109,13 @@ class Replicas:
         return await self._until_lost(replica_id, worker, self._condemned[replica_id])
 
     async def _until_ready(self, worker: Worker, spec: ReplicaSpec) -> tuple[str, WorkerFacts]:
-        digest = asyncio.ensure_future(self._digest(spec.model_path))  # the file is read once for both
+        digest = asyncio.ensure_future(self._digest(spec.model_path))  # while the worker reads the file as well
         try:
             facts = await worker.ready()
+            if facts.ctx < spec.ctx:
+                raise LoadFailed(
+                    f"the engine grants {facts.ctx} tokens of context, not the {spec.ctx} that were asked for"
+                )
             return await digest, facts
         except OSError as error:
             raise LoadFailed(f"the model file cannot be read: {error.strerror}") from error

@@ -29,7 +29,7 @@ from llama_orch.contract.models import Device as DeviceView
 from llama_orch.contract.models import Pool as PoolView
 from llama_orch.contract.operations import API_VERSION
 from llama_orch.core.pool import Pool
-from llama_orch.core.task import Task
+from llama_orch.core.task import ENDED, Task
 from llama_orch.devices.inventory import Source
 from llama_orch.engines.base import Engine
 from llama_orch.errors import InvalidParams
@@ -70,7 +70,7 @@ class LocalService:
     def _task_view(self, task: Task) -> TaskStatus:
         orchestrator = self._orchestrator
         pool = self._scheduler.pools[task.pool_id]
-        text = orchestrator.text(task.task_id)
+        text = orchestrator.text(task.task_id) if task.state in ENDED else ""
         return views.task_status(task, pool, orchestrator.outlook(task), orchestrator.wall, text)
 
     def list_tasks(

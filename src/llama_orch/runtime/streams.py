@@ -18,6 +18,7 @@ from llama_orch.contract.models import EndFrame, Error, MetricsFrame, StartedFra
 from llama_orch.errors import PolicyDenied
 
 BATCH_FRAMES_MAX = 256  # per read, so that a replay does not build one huge answer
+FRAME_OVERHEAD_BYTES = 160  # what Python needs around a frame's bytes, about
 LAG_FRAMES_MAX = 4096  # a reader that has once caught up may fall behind by this many frames
 
 _encode = msgspec.json.Encoder().encode
@@ -39,6 +40,7 @@ class TaskStream:
         self._frames: list[Frame] = []
         self._next_number = 0
         self._texts: list[str] = []
+        self._whole_text: str | None = None  # once ended
         self._readers: set[Reader] = set()
         self._is_last_metrics = False
         self.is_ended = False
@@ -47,7 +49,7 @@ class TaskStream:
 
     @property
     def text(self) -> str:
-        return "".join(self._texts)
+        return "".join(self._texts) if self._whole_text is None else self._whole_text
 
     def token(self, text: str) -> None:
         """One `token` frame. Nothing once the stream has ended, whatever the engine still says (HP-STR-6)."""
@@ -61,12 +63,14 @@ class TaskStream:
         if self.is_ended:
             return
         if self._is_last_metrics:
-            self.size_bytes -= len(self._frames.pop().data)
+            self.size_bytes -= len(self._frames.pop().data) + FRAME_OVERHEAD_BYTES
         self._write("metrics", _encode(frame))
         self._is_last_metrics = True
 
     def end(self, frame: EndFrame | Error) -> None:
         self._write("error" if isinstance(frame, Error) else "end", _encode(frame), is_last=True)
+        self._whole_text, self._texts = self.text, []
+        self.size_bytes += len(self._whole_text)
 
     def _write(self, event: str, payload: bytes, *, is_last: bool = False) -> None:
         if self.is_ended:
@@ -74,7 +78,7 @@ class TaskStream:
         data = encode_frame(self._next_number, event, payload)
         self._frames.append(Frame(self._next_number, data))
         self._next_number += 1
-        self.size_bytes += len(data)
+        self.size_bytes += len(data) + FRAME_OVERHEAD_BYTES
         self.is_ended = is_last
         for reader in self._readers:
             reader.wake()
@@ -89,7 +93,8 @@ class TaskStream:
         return self._next_number - 1
 
     def open(self, after: int, *, correlation_id: str, on_close: Callable[[], None]) -> Reader:
-        reader = Reader(self, after, correlation_id, on_close)
+        # Whoever names a number that is still to come has read wrongly; the last frame is always to be had (HP-STR-1).
+        reader = Reader(self, min(after, self.last_number - int(self.is_ended)), correlation_id, on_close)
         self._readers.add(reader)
         return reader
 

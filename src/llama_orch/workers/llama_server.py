@@ -18,52 +18,25 @@ from pathlib import Path
 from typing import Any
 
 from llama_orch.workers import lifeline
-from llama_orch.workers.llamacpp import ALL_LAYERS, LOG_VERBOSITY, N_BATCH, N_UBATCH, SPARE_HTTP_THREADS
+from llama_orch.workers.llamacpp import ALL_LAYERS, LOG_VERBOSITY, SPARE_HTTP_THREADS, batch_size
 
 _POLL_FIRST_S = 0.02
 _POLL_MAX_S = 0.5
 
 # What a user's extra arguments may not touch: the listener, the key, files to serve, tools, other models, telemetry of
 # prompts, and what the service sets itself. A prefix covers its family (--api-key-file, --hf-repo, --no-slots …).
-_REFUSED_PREFIXES = (
-    *("--host", "--port", "--reuse-port", "--api-", "--path", "--server-", "--ssl-", "--cors", "--slot-save-path"),
-    *(
-        "--tools",
-        "--mcp",
-        "--ui",
-        "--no-ui",
-        "--webui",
-        "--no-webui",
-        "--props",
-        "--slots",
-        "--no-slots",
-        "--media-path",
-    ),
-    *("--model", "--hf", "--docker", "--rpc", "--ctx-size", "--parallel", "--gpu-layers", "--n-gpu-layers", "--fit"),
-    *("--batch-size", "--ubatch-size", "--kv-unified", "--no-kv-unified", "--cache-ram", "--threads"),
-    *("--log-", "--verbos"),
-)
-_REFUSED_SHORT = frozenset(
-    {
-        "-m",
-        "-mu",
-        "-dr",
-        "-hf",
-        "-hfr",
-        "-hff",
-        "-hft",
-        "-c",
-        "-np",
-        "-ngl",
-        "-b",
-        "-ub",
-        "-kvu",
-        "-no-kvu",
-        "-lv",
-        "-t",
-    }
-    | {"-tb", "-cram", "-a", "-v"}
-)
+_REFUSED_FAMILIES = """
+    --host --port --reuse-port --api- --path --server- --ssl- --cors --slot-save-path --media-path
+    --tools --mcp --ui --no-ui --webui --no-webui --props --slots --no-slots --metrics --alias
+    --model --hf --docker --rpc --ctx-size --parallel --gpu-layers --n-gpu-layers --fit --batch-size --ubatch-size
+    --kv-unified --no-kv-unified --cache-ram --threads --log- --verbos --tensor-split --device --main-gpu --split-mode
+"""
+_REFUSED_SHORT_FORMS = """
+    -m -mu -md -dr -hf -hfr -hff -hft -hfd -hfrd -hfv -hffv -a -c -np -ngl -b -ub -kvu -no-kvu -cram -t -tb -lv -v
+    -ts -dev -mg -sm -fit -fitt -fitc
+"""
+_REFUSED_PREFIXES = tuple(_REFUSED_FAMILIES.split())
+_REFUSED_SHORT = frozenset(_REFUSED_SHORT_FORMS.split())
 
 
 def refused_argument(arguments: Sequence[str]) -> str | None:
@@ -107,8 +80,8 @@ def arguments(configuration: dict[str, Any], key_file: Path) -> list[str]:
         "--api-key-file": key_file,
         "--parallel": slots,
         "--ctx-size": slots * configuration["ctx"],
-        "--batch-size": N_BATCH,
-        "--ubatch-size": N_UBATCH,
+        "--batch-size": batch_size(configuration),
+        "--ubatch-size": batch_size(configuration),
         "--threads": configuration["threads"],
         "--threads-batch": configuration["threads"],
         "--threads-http": slots + SPARE_HTTP_THREADS,

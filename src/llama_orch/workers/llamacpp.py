@@ -10,9 +10,11 @@ from typing import Any
 
 from llama_orch.workers import lifeline
 
-# Logits depend on how a prompt is cut into batches (17 of 64 streams differed between 64 and 512), so both are fixed.
-N_BATCH = 2048
-N_UBATCH = 512
+# Logits depend on how a prompt is cut into batches (17 of 64 streams differed between 64 and 512), so it is fixed. The
+# server looks at cancels, and answers /slots, between batches: a whole one is as long as a cancel may take, and a CPU
+# needs longer for it than a card.
+BATCH_GPU = 512
+BATCH_CPU = 128
 ALL_LAYERS = 999
 # Each open stream holds one HTTP thread; the rest answer /slots, /tokenize and /health meanwhile.
 SPARE_HTTP_THREADS = 6
@@ -32,6 +34,11 @@ def main(line: lifeline.Lifeline) -> object:
     return server
 
 
+def batch_size(configuration: dict[str, Any]) -> int:
+    """Tokens of a prompt that are evaluated at once."""
+    return BATCH_GPU if configuration["gpu"] else BATCH_CPU
+
+
 def parameters(xllamacpp: Any, configuration: dict[str, Any]) -> Any:
     """llama.cpp's parameters for our configuration line."""
     slots = configuration["slots"]
@@ -41,8 +48,8 @@ def parameters(xllamacpp: Any, configuration: dict[str, Any]) -> Any:
         "n_parallel": slots,
         "n_ctx": slots * configuration["ctx"],
         "kv_unified": False,
-        "n_batch": N_BATCH,
-        "n_ubatch": N_UBATCH,
+        "n_batch": batch_size(configuration),
+        "n_ubatch": batch_size(configuration),
         "n_gpu_layers": ALL_LAYERS if configuration["gpu"] else 0,
         "n_threads_http": slots + SPARE_HTTP_THREADS,
         "cache_ram_mib": configuration["cache_ram_mib"],

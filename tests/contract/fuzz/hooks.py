@@ -23,8 +23,10 @@ MAX_TOKENS = 16
 MAX_INPUTS = 3
 CTX = 2048
 TERMINAL = ("end", "error")
+HOSTILE = ("two words", "a\ttab", "x" * 129, "na\u00efve")  # no correlation ID may be one of these
 
 seen: Counter[str] = Counter()
+admitted: set[str] = set()
 _count: Counter[str] = Counter()
 
 _is_uuid = re.compile(r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}").fullmatch
@@ -129,6 +131,8 @@ def before_call(context: HookContext, case: Case, kwargs: dict[str, Any]) -> Non
         return
     _count[case.operation.label] += 1
     number = _count[case.operation.label]
+    if number % 3 == 0:  # the schema takes any text; so does the service, and puts an ID of its own in its place
+        case.headers["X-Correlation-Id"] = HOSTILE[number // 3 % len(HOSTILE)]
     if case.operation.label == "POST /v1/tasks":
         if isinstance(case.body, dict):
             case.body = admissible(case.body, number)
@@ -171,6 +175,7 @@ def correlation_id(ctx: CheckContext, response: Response, case: Case) -> None:
     if sent is not None and _is_correlation_id(sent):
         assert given[0] == sent, f"X-Correlation-Id not echoed: sent {sent!r}, got {given[0]!r}"
     else:
+        seen["hostile correlation-ID"] += bool(sent)
         assert given[0] != sent, f"a hostile X-Correlation-Id came back: {sent!r}"
         assert _is_uuid(given[0]), f"X-Correlation-Id is not a UUID: {given[0]!r}"
 
@@ -189,7 +194,7 @@ def error_envelope(ctx: CheckContext, response: Response, case: Case) -> None:
         assert allowed <= set(body), f"the envelope lacks {sorted(allowed - set(body))}"
         extra = set(body) - allowed - {"retry_after_ms", "policy_label", "details"}
         assert not extra, f"the envelope has {sorted(extra)}"
-        assert [body["correlation_id"]] == headers["x-correlation-id"], "the envelope has another correlation ID"
+        assert [body["correlation_id"]] == headers.get("x-correlation-id"), "the envelope has another correlation ID"
         if response.status_code == 429:
             assert body.get("policy_label"), "429 without policy_label"
         if response.status_code in (429, 503):
@@ -202,6 +207,16 @@ def error_envelope(ctx: CheckContext, response: Response, case: Case) -> None:
         assert "www-authenticate" in headers, "401 without WWW-Authenticate"
     if response.status_code == 405:
         assert "allow" in headers, "405 without Allow"
+
+
+@schemathesis.check
+def admitted_tasks_are_there(ctx: CheckContext, response: Response, case: Case) -> None:
+    """A task that was admitted is never unknown; ended ones are kept for longer than a run takes."""
+    if case.operation.label == "POST /v1/tasks" and response.status_code == 202:
+        admitted.add(response.json()["task_id"])
+    if case.operation.path.startswith("/v1/tasks/{id}") and response.status_code == 404:
+        task_id = str(case.path_parameters["id"])
+        assert task_id.lower() not in admitted, f"task {task_id} was admitted and is not there"
 
 
 @schemathesis.check
@@ -221,12 +236,13 @@ def frames_in_order(ctx: CheckContext, response: Response, case: Case) -> None:
         return
     ends = [index for index, name in enumerate(names) if name in TERMINAL]
     assert ends == [len(names) - 1], f"terminal frames at {ends} of {len(names)}: {names[-5:]}"
-    counts = [json.loads(frame["data"])["i"] for frame in frames if frame["event"] == "token"]
+    counts = [json.loads(frame["data"]).get("i") for frame in frames if frame["event"] == "token"]
     if not is_resumed:
         assert names[0] == "started", f"the first frame is {names[0]}"
         assert counts == list(range(len(counts))), f"token counts: {counts}"
     elif counts:
-        assert counts == list(range(counts[0], counts[0] + len(counts))), f"token counts: {counts}"
+        first = counts[0] or 0
+        assert counts == list(range(first, first + len(counts))), f"token counts: {counts}"
     assert names.count("started") <= 1, "a second `started`"
 
 

@@ -38,6 +38,7 @@ IDS = {"/v1/tasks/": [TASK_ID, "ffffffff-ffff-4fff-bfff-ffffffffffff"], "/v1/poo
 # run ends when its time is over, so of it only successes and frames are asked.
 MUST_SEE = {
     "data": [
+        "hostile correlation-ID",
         *(f"createTask {status}" for status in (202, 400, 401, 405, 409, 415, 429)),
         *(f"code {code}" for code in ("ADMISSION_REJECT", "DEADLINE_UNMET", "CONFLICT")),
         *(f"listTasks {status}" for status in (200, 400, 401)),
@@ -46,13 +47,14 @@ MUST_SEE = {
         *(f"frame {name}" for name in ("started", "token", "metrics", "end", "error")),
     ],
     "control": [
+        "hostile correlation-ID",
         *(f"listPools {status}" for status in (200, 400, 401)),
         *(f"{operation} {status}" for operation in ("getPool", "getPoolHealth") for status in (200, 400, 401, 404)),
         *(f"{operation} {status}" for operation in ("getCapabilities", "getMetrics") for status in (200, 401)),
         *(f"getHealthz {status}" for status in (200, 405)),
     ],
 }
-MUST_SUCCEED = 50  # tasks, on the real engine
+MUST_SUCCEED = 50  # tasks, on the real engine; a random run may have little time
 
 
 def main() -> int:
@@ -77,7 +79,7 @@ def main() -> int:
                     service, name, arguments(name, seed, given), models, Path(folder), is_gate=seed is None
                 )
             ]
-            problems += judge(service)
+            problems += judge(service, MUST_SUCCEED if seed is None else 1)
     for problem in problems:
         print(f"problem: {problem}", file=sys.stderr)
     if seed is not None:
@@ -153,13 +155,13 @@ def read(service: LiveService, path: str) -> str:
     return text
 
 
-def judge(service: LiveService) -> Iterator[str]:
+def judge(service: LiveService, must_succeed: int) -> Iterator[str]:
     """What the service says of itself after the run: it decoded, lost no worker, and nothing unforeseen happened."""
     metrics = read(service, "/metrics")
     pattern = r'^tasks_finished_total\{engine="llamacpp",.*state="succeeded"\} ([0-9.e+]+)$'
     succeeded = sum(float(value) for value in re.findall(pattern, metrics, re.MULTILINE))
-    if succeeded < MUST_SUCCEED:
-        yield f"only {succeeded:g} tasks of the real engine succeeded; {MUST_SUCCEED} must"
+    if succeeded < must_succeed:
+        yield f"only {succeeded:g} tasks of the real engine succeeded; {must_succeed} must"
     if re.findall(r"^replica_restarts_total\{", metrics, re.MULTILINE):
         yield "a worker was lost"
     for entry in service.log():

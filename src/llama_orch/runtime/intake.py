@@ -1,0 +1,87 @@
+"""What a request comes to before it is queued: its prompts as the engine will see them, and their length in the model's
+own tokens (HP-ADM-7).
+
+Counting costs the worker, and nobody has been admitted yet: so few counts run at a time, and a text that no vocabulary
+could fit into the context is refused without asking.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from llama_orch.contract.models import TaskRequest
+from llama_orch.core import admission, refusals
+from llama_orch.core.pool import Pool
+from llama_orch.core.prediction import Predictor
+from llama_orch.engines.base import EngineError, JobRefused, Worker
+from llama_orch.errors import InvalidParams, PoolUnready
+from llama_orch.runtime.replicas import Replicas
+
+log = logging.getLogger("llama_orch.intake")
+
+COUNTS_AT_ONCE = 2  # per pool; workers keep more HTTP threads than this beside those of their slots
+BUSY_MS = 1_000
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """`counts` is None while no replica could be asked: then the prompts fit whatever the tokenizer makes of them."""
+
+    prompts: Sequence[str]
+    counts: Sequence[int] | None
+
+
+class Intake:
+    """Measures requests for one orchestrator."""
+
+    def __init__(self, replicas: Replicas, predictor: Predictor) -> None:
+        self._replicas = replicas
+        self._predictor = predictor
+        self._turns: dict[str, asyncio.Semaphore] = {}
+
+    async def measure(self, pool: Pool, request: TaskRequest, now: float) -> Measured:
+        admission.check_size(request, pool.spec)
+        worker = next((w for r in pool.replicas if (w := self._replicas.worker(r)) is not None), None)
+        if worker is None:
+            return self._bounded(pool, request, now)
+        try:
+            async with self._turns.setdefault(pool.spec.pool_id, asyncio.Semaphore(COUNTS_AT_ONCE)):
+                prompts = await render(worker, request)
+                return Measured(prompts, [await worker.count_tokens(prompt) for prompt in prompts])
+        except JobRefused as error:
+            hint = "; end `messages` with a `user` turn or send a `prompt`" if request.messages else ""
+            reason = f"{pool.spec.engine} refuses this: {error}{hint}"
+            raise InvalidParams(reason, engine=pool.spec.engine) from error
+        except EngineError as error:
+            log.warning("pool %s could not count tokens: %s", pool.spec.pool_id, error)
+            raise PoolUnready(
+                f"pool {pool.spec.pool_id} could not count the prompt's tokens in time; repeat shortly",
+                engine=pool.spec.engine,
+                retry_after_ms=BUSY_MS,
+            ) from error
+
+    def _bounded(self, pool: Pool, request: TaskRequest, now: float) -> Measured:
+        """Without a worker to ask, only what fits by its bytes is let in."""
+        prompts = raw_prompts(request)
+        asked = request.max_tokens or 1
+        if prompts and all(admission.token_bound(prompt) + asked <= pool.spec.ctx for prompt in prompts):
+            return Measured(prompts, None)
+        raise refusals.unready(pool, self._predictor.ready_advice_ms(pool, now))
+
+
+async def render(worker: Worker, request: TaskRequest) -> Sequence[str]:
+    """The request's prompts; a conversation goes through the model's own template."""
+    if request.messages is None:
+        return raw_prompts(request)
+    messages = [{"role": message.role.value, "content": message.content} for message in request.messages]
+    return [await worker.render_chat(messages)]
+
+
+def raw_prompts(request: TaskRequest) -> Sequence[str]:
+    """The prompts that need no template; none for `messages`."""
+    if request.prompt is not None:
+        return [request.prompt]
+    return request.inputs or []

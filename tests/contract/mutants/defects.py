@@ -1,0 +1,454 @@
+"""The defects, each a small patch of the application in this process, and the cheapest gate that must see it.
+
+A patch is applied once, before the application is put together, and never taken back: whoever applies one has a process
+for it (`serve.py`, `plugin.py`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+import re
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import msgspec
+from starlette.types import Message, Receive, Scope, Send
+
+from llama_orch.api import app, auth, edge, hosts, refusals, sse, validation
+from llama_orch.contract.models import Capabilities, EndFrame, Error, MetricsFrame, Priority
+from llama_orch.core import queue, scheduler
+from llama_orch.errors import AdmissionReject, LlorchError, NotFound, Unauthorized
+from llama_orch.observe import metrics
+from llama_orch.runtime import jobs, orchestrator, service, streams, views
+
+
+class Fuzz(NamedTuple):
+    """One operation under the fuzz gate. Phases of `st`: coverage is the same on every run, and short."""
+
+    document: str
+    operation: str
+    phases: str = "coverage"
+
+    def __str__(self) -> str:
+        return f"fuzz {self.operation} ({self.phases})"
+
+
+class Tests(NamedTuple):
+    """A test of the default run, or a whole file of them."""
+
+    file: str
+    test: str = ""
+
+    @property
+    def node(self) -> str:
+        return f"{self.file}::{self.test}" if self.test else self.file
+
+    def __str__(self) -> str:
+        return self.file
+
+
+Gate = Fuzz | Tests
+
+
+class Defect(NamedTuple):
+    words: str
+    gate: Gate
+    apply: Callable[[], None]
+
+
+DEFECTS: dict[str, Defect] = {}
+
+
+def defect(gate: Gate) -> Callable[[Callable[[], None]], Callable[[], None]]:
+    """Registers a patch; what it breaks is its docstring."""
+
+    def register(apply: Callable[[], None]) -> Callable[[], None]:
+        DEFECTS[apply.__name__] = Defect((apply.__doc__ or "").rstrip("."), gate, apply)
+        return apply
+
+    return register
+
+
+def on_the_way_out(change: Callable[[Scope, Message], None]) -> None:
+    """Passes what the edge sends through `change`."""
+    original = edge.Edge.__call__
+
+    async def call(self: edge.Edge, scope: Scope, receive: Receive, send: Send) -> None:
+        async def changed(message: Message) -> None:
+            change(scope, message)
+            await send(message)
+
+        await original(self, scope, receive, changed)
+
+    edge.Edge.__call__ = call
+
+
+def without(headers: list[tuple[bytes, bytes]], name: bytes) -> list[tuple[bytes, bytes]]:
+    return [pair for pair in headers if pair[0] != name]
+
+
+# -- statuses, headers, errors ---------------------------------------------------------------------------------------
+
+
+@defect(Fuzz("control", "getPool"))
+def correlation_id_missing_on_errors() -> None:
+    """Errors have no X-Correlation-Id."""
+
+    def change(scope: Scope, message: Message) -> None:
+        if message.get("status", 0) >= 400:
+            message["headers"] = without(message["headers"], b"x-correlation-id")
+
+    on_the_way_out(change)
+
+
+@defect(Fuzz("control", "getPool"))
+def correlation_id_reflected() -> None:
+    """Any X-Correlation-Id comes back, whatever is in it."""
+    edge._is_correlation_id = re.compile(rb"[\x00-\x7f]*").fullmatch
+
+
+@defect(Fuzz("data", "createTask"))
+def retry_after_missing() -> None:
+    """429 has no Retry-After."""
+    original = LlorchError.headers
+
+    def headers(self: LlorchError) -> dict[str, str]:
+        return {name: value for name, value in original(self).items() if name != "Retry-After"}
+
+    LlorchError.headers = headers
+
+
+@defect(Fuzz("control", "getPool"))
+def allow_missing() -> None:
+    """405 has no Allow."""
+
+    def change(scope: Scope, message: Message) -> None:
+        if message.get("status") == 405:
+            message["headers"] = without(message["headers"], b"allow")
+
+    on_the_way_out(change)
+
+
+@defect(Fuzz("data", "createTask"))
+def created_is_200() -> None:
+    """A task that was admitted is answered with 200 instead of 202."""
+
+    def change(scope: Scope, message: Message) -> None:
+        if message.get("status") == 202:
+            message["status"] = 200
+
+    on_the_way_out(change)
+
+
+@defect(Fuzz("data", "getTask"))
+def bad_uuid_is_500() -> None:
+    """An id in the path that is no UUID is a 500."""
+    original = validation.converted
+
+    def converted(parameter: Any, value: str) -> Any:
+        return msgspec.convert(value, parameter.type) if parameter.place == "path" else original(parameter, value)
+
+    validation.converted = converted
+
+
+@defect(Fuzz("data", "getTask"))
+def path_uuid_unchecked() -> None:
+    """An id in the path is not checked: what is no UUID is a 404."""
+    original = validation.converted
+    validation.converted = lambda parameter, value: value if parameter.place == "path" else original(parameter, value)
+
+
+@defect(Fuzz("data", "createTask"))
+def body_uuid_unchecked() -> None:
+    """A `session_id` in the body that is no UUID is taken."""
+    original = validation.CheckedRequest._decoded
+
+    def decoded(self: validation.CheckedRequest, body: bytes, decoder: msgspec.json.Decoder[Any]) -> Any:
+        try:
+            given = msgspec.json.decode(body)
+            given.pop("session_id")
+            body = msgspec.json.encode(given)
+        except (msgspec.MsgspecError, UnicodeDecodeError, AttributeError, LookupError, TypeError):
+            pass
+        return original(self, body, decoder)
+
+    validation.CheckedRequest._decoded = decoded
+
+
+@defect(Fuzz("control", "getPool"))
+def envelope_without_engine() -> None:
+    """The error body has no `engine`."""
+    original = refusals.rendered
+
+    def rendered(error: LlorchError, correlation_id: str) -> tuple[list[tuple[bytes, bytes]], bytes]:
+        headers, body = original(error, correlation_id)
+        shorter = {name: value for name, value in msgspec.json.decode(body).items() if name != "engine"}
+        body = msgspec.json.encode(shorter)
+        return [*without(headers, b"content-length"), (b"content-length", str(len(body)).encode())], body
+
+    refusals.rendered = rendered
+
+
+@defect(
+    Tests(
+        "tests/api/test_bad_input.py",
+        "test_bad_input_gets_its_status_the_envelope_and_the_correlation_id[body-too-long]",
+    )
+)
+def body_limit_ignored() -> None:
+    """A body may be of any length."""
+    original = edge.Edge.__init__
+
+    def init(self: edge.Edge, *given: Any) -> None:
+        original(self, *given)
+        self._max_body_bytes = 2**40
+
+    edge.Edge.__init__ = init
+
+
+# -- who may ask -----------------------------------------------------------------------------------------------------
+
+
+@defect(Fuzz("control", "getPool"))
+def an_open_operation() -> None:
+    """GET /v1/pools/{id} needs no token."""
+    original = app.merged_document
+
+    def document(*, metrics_are_open: bool) -> dict[str, Any]:
+        merged = original(metrics_are_open=metrics_are_open)
+        merged["paths"]["/v1/pools/{id}"]["get"]["security"] = []
+        return merged
+
+    app.merged_document = document
+
+
+@defect(Tests("tests/api/test_bad_input.py", "test_the_token_is_compared_as_bytes"))
+def token_by_prefix() -> None:
+    """Whatever begins with the token is taken for it."""
+    original = auth.TokenCheck.__init__
+
+    def init(self: auth.TokenCheck, token: str) -> None:
+        original(self, token)
+        self._token = token
+
+    def call(self: auth.TokenCheck, presented: str) -> dict[str, str]:
+        if not presented.encode("latin-1").startswith(self._token.encode()):
+            raise Unauthorized("the token is wrong; `llama-orch token` prints the right one")
+        return {"sub": self._identity}
+
+    auth.TokenCheck.__init__ = init
+    auth.TokenCheck.__call__ = call
+
+
+@defect(Tests("tests/api/test_routes.py", "test_hosts_that_are_not_ours"))
+def any_host() -> None:
+    """The Host allow-list is off."""
+    hosts.AllowedHosts.check = lambda self, host: None
+
+
+# -- streams ---------------------------------------------------------------------------------------------------------
+
+
+def token_frames(payload: Callable[[str, int], dict[str, Any]]) -> None:
+    def token(self: streams.TaskStream, text: str) -> None:
+        if not self.is_ended:
+            self._write("token", msgspec.json.encode(payload(text, len(self._texts))))
+            self._texts.append(text)
+            self._is_last_metrics = False
+
+    streams.TaskStream.token = token
+
+
+@defect(Fuzz("data", "streamTask"))
+def token_without_index() -> None:
+    """`token` frames have no `i`."""
+    token_frames(lambda text, index: {"t": text})
+
+
+@defect(Fuzz("data", "streamTask"))
+def token_index_from_one() -> None:
+    """`i` of `token` frames counts from 1."""
+    token_frames(lambda text, index: {"t": text, "i": index + 1})
+
+
+@defect(Fuzz("data", "streamTask"))
+def two_last_frames() -> None:
+    """The last frame comes twice."""
+    original = streams.TaskStream.end
+
+    def end(self: streams.TaskStream, frame: EndFrame | Error) -> None:
+        original(self, frame)
+        self.is_ended = False
+        original(self, frame)
+
+    streams.TaskStream.end = end
+
+
+@defect(Fuzz("data", "streamTask"))
+def a_frame_after_the_last() -> None:
+    """A `metrics` frame follows the last one."""
+    original_end, original_metrics = streams.TaskStream.end, streams.TaskStream.metrics
+    last: dict[int, MetricsFrame] = {}
+
+    def metrics_frame(self: streams.TaskStream, frame: MetricsFrame) -> None:
+        last[id(self)] = frame
+        original_metrics(self, frame)
+
+    def end(self: streams.TaskStream, frame: EndFrame | Error) -> None:
+        original_end(self, frame)
+        self.is_ended, self._is_last_metrics = False, False
+        original_metrics(self, last[id(self)])
+        self.is_ended = True
+
+    streams.TaskStream.end = end
+    streams.TaskStream.metrics = metrics_frame
+
+
+@defect(Tests("tests/live/test_life.py", "test_last_event_id_over_http"))
+def last_event_id_ignored() -> None:
+    """A stream that is opened again begins at its first frame."""
+    sse.last_event_id = lambda scope: -1
+
+
+# -- bodies ----------------------------------------------------------------------------------------------------------
+
+
+@defect(Fuzz("control", "listPools"))
+def list_without_next_cursor() -> None:
+    """A list has no `next_cursor`."""
+    original = service.LocalService.list_pools
+
+    def list_pools(self: service.LocalService, **given: Any) -> Any:
+        return {"items": original(self, **given).items}
+
+    service.LocalService.list_pools = list_pools
+
+
+@defect(Tests("tests/runtime/test_orchestrator.py", "test_lists_are_newest_first_and_paged"))
+def list_ends_early() -> None:
+    """The first page of a list says that there is no other."""
+    original = service.LocalService.list_tasks
+
+    def list_tasks(self: service.LocalService, **given: Any) -> Any:
+        return msgspec.structs.replace(original(self, **given), next_cursor=None)
+
+    service.LocalService.list_tasks = list_tasks
+
+
+@defect(Fuzz("control", "getCapabilities"))
+def capability_of_the_wrong_type() -> None:
+    """`concurrency.recommended` is a string."""
+    original = service.LocalService.capabilities
+
+    def capabilities(self: service.LocalService) -> Capabilities:
+        found = original(self)
+        wrong = msgspec.structs.replace(found.concurrency, recommended=str(found.concurrency.recommended))
+        return msgspec.structs.replace(found, concurrency=wrong)
+
+    service.LocalService.capabilities = capabilities
+
+
+@defect(Tests("tests/contract/test_documents.py", "test_a_scrape_is_what_the_table_says"))
+def metric_with_another_label() -> None:
+    """`slots_busy` has a label that the table does not have."""
+    original = metrics.Metrics.text
+    metrics.Metrics.text = lambda self: original(self).replace(b"\nslots_busy{", b'\nslots_busy{host="here",')
+
+
+@defect(Fuzz("data", "createTask,getTask", "stateful"))
+def a_task_is_lost() -> None:
+    """A `batch` task that was admitted is not there afterwards."""
+    original = service.LocalService.get_task
+
+    def get_task(self: service.LocalService, task_id: str) -> Any:
+        found = original(self, task_id)
+        if found.priority is Priority.BATCH:
+            raise NotFound(f"no task {task_id}")
+        return found
+
+    service.LocalService.get_task = get_task
+
+
+# -- what is promised ------------------------------------------------------------------------------------------------
+
+
+@defect(Tests("tests/runtime/test_orchestrator.py", "test_cancel_of_a_running_task_frees_its_slot"))
+def cancel_does_nothing() -> None:
+    """A cancel is answered with 204 and the task goes on."""
+    orchestrator.Orchestrator.cancel = lambda self, task_id: None
+
+
+@defect(Tests("tests/live/test_life.py", "test_the_same_seed_gives_the_same_bytes_whatever_else_runs"))
+def seed_not_honoured() -> None:
+    """The engine gets a seed of its own each time."""
+    original = jobs._job
+    jobs._job = lambda *given: dataclasses.replace(original(*given), seed=random.randrange(2**32))
+
+
+@defect(Tests("tests/runtime/test_orchestrator.py", "test_the_life_of_a_task"))
+def seed_not_reported() -> None:
+    """`end` names another seed than the one that was used."""
+    original = views.end_frame
+    views.end_frame = lambda *given: msgspec.structs.replace(original(*given), seed=0)
+
+
+@defect(Tests("tests/runtime/test_orchestrator.py", "test_position_and_prediction_stay_fresh_while_a_task_waits"))
+def predicted_start_invented() -> None:
+    """`predicted_start_ms` is a number before anything was measured."""
+    original = views.to_ms
+    views.to_ms = lambda seconds: 1000 if seconds is None else original(seconds)
+
+
+@defect(Tests("tests/core/test_scheduler.py", "test_tasks_start_by_priority_and_then_by_arrival"))
+def last_in_first_out() -> None:
+    """Who came last is served first."""
+
+    def ids(self: queue.TaskQueue) -> Any:
+        for line in self._lines.values():
+            yield from reversed(line)
+
+    queue.TaskQueue.__iter__ = ids
+
+
+@defect(Tests("tests/core/test_queue.py", "test_drop_lru_drops_the_oldest_of_the_lowest_priority"))
+def interactive_dropped_for_batch() -> None:
+    """drop-lru drops an `interactive` task for a `batch` one."""
+
+    def make_room(self: queue.TaskQueue, newcomer: Priority) -> str | None:
+        if len(self) < self.capacity:
+            return None
+        line: OrderedDict[str, None] = next((line for line in self._lines.values() if line), OrderedDict())
+        if self.full_policy == "reject" or not line:
+            raise queue.QueueFull
+        return line.popitem(last=False)[0]
+
+    queue.TaskQueue._make_room = make_room
+
+
+@defect(Tests("tests/runtime/test_orchestrator.py", "test_equal_submissions_with_one_id_are_one_task"))
+def task_id_not_idempotent() -> None:
+    """The same submission twice is a conflict."""
+    original = scheduler.Scheduler.repeated
+
+    def repeated(self: scheduler.Scheduler, request: Any) -> Any:
+        if (task := original(self, request)) is not None:
+            raise scheduler.Conflict(f"task {task.task_id} exists")
+
+    scheduler.Scheduler.repeated = repeated
+
+
+@defect(
+    Tests(
+        "tests/pact/test_provider.py",
+        "test_the_service_keeps_its_word[llama-orch-cli--llama-orch: a dropped tasks stream ends in an error]",
+    )
+)
+def dropped_without_its_code() -> None:
+    """A task that drop-lru dropped ends with ADMISSION_REJECT instead of QUEUE_FULL_DROP_LRU."""
+
+    def dropped(pool: Any, wait_ms: int) -> LlorchError:
+        return AdmissionReject("dropped", engine=pool.spec.engine, retry_after_ms=wait_ms, policy_label="drop-lru")
+
+    scheduler.refusals.dropped = dropped

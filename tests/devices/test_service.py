@@ -1,0 +1,120 @@
+"""The real service on a machine whose driver reports two cards. Nothing computes on them: they are not there."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.live.client import descendants, finish, open_client, until
+from tests.live_service import LiveService, ServiceFailed, live_service
+
+from .machine import LOST, MIB, FakeCard, FakeMachine
+
+pytestmark = pytest.mark.xdist_group("live")
+
+# Takes llama-server's place: says its version, else loads for ever.
+STAND_IN = """#!/bin/sh
+case "$*" in *--version*) echo "version: 11549 (64fbe0f)"; exit;; esac
+exec tail -f /dev/null
+"""
+
+
+def _declared(machine: FakeMachine) -> list[dict[str, Any]]:
+    return [{"id": "large", "uuid": machine.large.uuid}, {"id": "small", "uuid": machine.small.uuid}]
+
+
+def _devices(client: httpx.Client) -> dict[str, dict[str, Any]]:
+    return {device["id"]: device for device in client.get("/v1/capabilities").json()["devices"]}
+
+
+def _shown(card: FakeCard, device_id: str) -> dict[str, Any]:
+    return {
+        "id": device_id,
+        "name": card.name,
+        "backend": "cuda",
+        "vram_total_bytes": card.total_mib * MIB,
+        "vram_free_bytes": card.free_bytes,
+    }
+
+
+@pytest.mark.spec("HP-DIS-1")
+def test_engines_without_cuda_serve_on_the_cpu(machine: FakeMachine) -> None:
+    """Two cards and llama.cpp's CPU build: the service warns, lists the CPU alone, and a task runs."""
+    with live_service({"pools": [{"id": "default", "ctx": 512}]}, env=machine.environment) as service:
+        with open_client(service) as client:
+            assert [device["backend"] for device in _devices(client).values()] == ["cpu"]
+            assert finish(client, max_tokens=4)[-1].event == "end"
+        warnings = [line["message"] for line in service.log() if line["level"] == "warning"]
+        assert "the installed engines have no CUDA: models run on the CPU" in warnings
+
+
+@pytest.mark.spec("HP-DIS-1", "HP-PLC-6")
+def test_capabilities_follow_the_cards(machine: FakeMachine) -> None:
+    """Both declared cards with totals and free bytes, as the driver says at that time; a lost one has nothing free."""
+    pools = [{"id": one, "engine": "simulated", "devices": [one]} for one in ("large", "small")]
+    with (
+        live_service({"devices": _declared(machine), "pools": pools}, env=machine.environment) as service,
+        open_client(service) as client,
+    ):
+        expected = {"large": _shown(machine.large, "large"), "small": _shown(machine.small, "small")}
+        assert _devices(client) == expected
+        machine.small.used_mib += 8000
+        machine.apply()
+        until(lambda: _devices(client)["small"]["vram_free_bytes"] == machine.small.free_bytes)
+        machine.large.code = LOST
+        machine.apply()
+        until(lambda: _devices(client)["large"]["vram_free_bytes"] == 0)
+        assert _devices(client)["small"]["vram_free_bytes"] == machine.small.free_bytes
+        assert _devices(client)["large"]["vram_total_bytes"] == machine.large.total_mib * MIB
+        for pool in ("large", "small"):
+            replicas = client.get(f"/v1/pools/{pool}/health").json()["replicas"]
+            assert [replica["devices"] for replica in replicas] == [[pool]]
+
+
+@pytest.mark.spec("HP-PLC-6")
+def test_a_worker_sees_the_cards_of_its_mask_and_no_other(machine: FakeMachine, tmp_path: Path) -> None:
+    """Pools on one card and on both: their workers' environments name these UUIDs, in the mask's order."""
+    binary = tmp_path / "llama-server"
+    binary.write_text(STAND_IN)
+    binary.chmod(0o755)
+    settings = {
+        "devices": _declared(machine),
+        "engines": {"llamacpp": {"launcher": "binary", "binary": str(binary)}},
+        "pools": [
+            {"id": "one", "devices": ["small"]},
+            {"id": "both", "devices": ["large", "small"], "tensor_split": [2, 1]},
+        ],
+    }
+    expected = {machine.small.uuid, f"{machine.large.uuid},{machine.small.uuid}"}
+    inherited = machine.environment | {"CUDA_VISIBLE_DEVICES": "0"}
+    with live_service(settings, env=inherited) as service:
+        until(lambda: {e.get("CUDA_VISIBLE_DEVICES") for e in _binaries(service)} == expected)
+        assert {environment["CUDA_DEVICE_ORDER"] for environment in _binaries(service)} == {"PCI_BUS_ID"}
+
+
+def _binaries(service: LiveService) -> list[dict[str, str]]:
+    """The environments of the engines' processes."""
+    found = []
+    for pid in descendants(service.pid):
+        try:
+            is_ours = Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"tail\0")
+            entries = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if is_ours:
+            found.append(dict(os.fsdecode(entry).partition("=")[::2] for entry in entries if entry))
+    return found
+
+
+def test_a_card_that_is_not_there_stops_the_start(machine: FakeMachine) -> None:
+    """A device with an unknown UUID: the service does not start, and says which cards there are."""
+    settings = {"devices": [{"id": "a", "uuid": "GPU-x"}], "pools": [{"id": "p", "engine": "simulated"}]}
+    with (
+        pytest.raises(ServiceFailed, match=f"no card with UUID GPU-x.*{machine.large.uuid}"),
+        live_service(settings, env=machine.environment),
+    ):
+        pass

@@ -1,0 +1,72 @@
+"""From settings to replicas on devices."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from llama_orch.contract.config import PoolSettings
+from llama_orch.engines.simulated import SimulatedEngine
+from llama_orch.models.digest import Digests
+from llama_orch.runtime.plan import PlanError, make_plan
+from llama_orch.testing.rehearsal import settings_for, sources_for
+
+ENGINES = {"simulated": SimulatedEngine()}
+CARDS = ("3090", "3060")
+
+
+@pytest.mark.spec("HP-PLC-6")
+def test_one_replica_on_each_device_unless_a_split_was_asked_for() -> None:
+    """`auto` never spreads a replica over cards."""
+    plan = make_plan(settings_for(PoolSettings(slots=2)), ENGINES, sources_for(CARDS))
+    assert [r.device_ids for r in plan.pools[0].replicas.values()] == [("3090",), ("3060",)]
+    plan = make_plan(settings_for(PoolSettings(devices=["3060"], replicas=2)), ENGINES, sources_for(CARDS))
+    assert [r.device_ids for r in plan.pools[0].replicas.values()] == [("3060",), ("3060",)]
+
+
+@pytest.mark.spec("HP-PLC-6")
+def test_a_split_goes_in_the_pools_own_order() -> None:
+    """The first share is that of the device that the pool names first, whatever order the machine lists them in."""
+    pool = PoolSettings(devices=["3060", "3090"], tensor_split=[1.0, 2.0])
+    plan = make_plan(settings_for(pool), ENGINES, sources_for(CARDS))
+    (replica,) = plan.pools[0].replicas.values()
+    assert (replica.device_ids, plan.replicas[replica.replica_id][1].tensor_split) == (("3060", "3090"), (1.0, 2.0))
+
+
+@pytest.mark.parametrize(
+    ("pool", "says"),
+    [
+        (PoolSettings(ctx=4096), "trained with 2048; set ctx to at most 2048"),
+        (PoolSettings(devices=["4090"]), "no device 4090; this machine has: 3060, 3090"),
+        (PoolSettings(model="file:/nowhere.gguf"), "there is no such file"),
+        (PoolSettings(model="builtin:huge"), "built in: tiny"),
+    ],
+)
+def test_what_cannot_be_served_is_refused_with_the_reason(pool: PoolSettings, says: str) -> None:
+    """The start fails with a sentence for each pool that this machine cannot serve; nothing is lowered in silence."""
+    with pytest.raises(PlanError, match=f"pool default: .*{says}"):
+        make_plan(settings_for(pool), ENGINES, sources_for(CARDS))
+
+
+def test_an_engine_that_is_not_installed_says_how_to_get_it() -> None:
+    """ctransformers is an extra."""
+    settings = settings_for(PoolSettings())
+    settings.pools[0] = PoolSettings(engine="ctransformers")
+    with pytest.raises(PlanError, match="pip install"):
+        make_plan(settings, ENGINES, sources_for(CARDS))
+
+
+def test_a_digest_is_remembered_and_its_memory_may_be_lost(tmp_path: Path) -> None:
+    """A known file is not read again; a damaged or unwritable memory costs a read and nothing else."""
+    model = tmp_path / "model.gguf"
+    model.write_bytes(b"abc")
+    digests = Digests(tmp_path / "digests.json")
+    first = digests.of(model)
+    assert first == "sha256:ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    digests.stop()  # from here on no file can be read
+    assert digests.of(model) == first
+    (tmp_path / "digests.json").write_text("{damaged")
+    with pytest.raises(InterruptedError):
+        digests.of(model)
+    assert Digests(tmp_path / "nowhere" / "digests.json").of(model) == first
