@@ -135,9 +135,9 @@ def test_commands_that_show_what_it_does(name: str, user: dict[str, str], bash: 
 
 
 def configuration(block: Block) -> str:
-    """The file that the block shows, with a model that is here."""
+    """The file that the block shows, with a model that is here, and the context that this one was trained with."""
     model = str(files("llama_orch.models") / "tiny.gguf")
-    return re.sub(r"/models/\S+\.gguf", model, block.text)
+    return re.sub(r"\bctx: \d+", "ctx: 2048", re.sub(r"/models/\S+\.gguf", model, block.text))
 
 
 @named(YAML)
