@@ -85,6 +85,24 @@ def test_a_model_that_does_not_load_is_reported(tmp_path: Path) -> None:
     assert "Traceback" not in ended.stderr
 
 
+@pytest.mark.spec("HP-PLC-5")
+def test_a_model_that_fits_no_device_is_refused_with_the_figures_and_the_service_is_up() -> None:
+    """Its pool says why and answers 503; the other pool serves."""
+    cards = [{"id": "big", "backend": "simulated", "vram_bytes": 24 << 30}]
+    cards.append({"id": "small", "backend": "simulated", "vram_bytes": 300 << 20})
+    pools = [{"id": "default", "devices": ["big"]}, {"id": "second", "devices": ["small"], "engine": "ctransformers"}]
+    with live_service({"devices": cards, "pools": pools}) as service, open_client(service) as client:
+        assert finish(client, engine="llamacpp", max_tokens=4)[-1].event == "end"
+        health = client.get("/v1/pools/second/health").json()
+        assert (health["live"], health["replicas"][0]["state"]) == (False, "failed")
+        assert "needs" in health["last_error"]
+        assert "device small" in health["last_error"]
+        body = {"model_ref": "builtin:tiny", "engine": "ctransformers", "prompt": "Once"}
+        refused = client.post("/v1/tasks", json=body)
+        assert (refused.status_code, refused.json()["code"]) == (503, "POOL_UNAVAILABLE")
+        assert "needs" in refused.json()["message"]
+
+
 def test_sigterm_lets_running_tasks_end_and_exits_0() -> None:
     """The stream that was open gets its end; newcomers are told to come back; the exit code is 0; nothing stays."""
     with live_service({"pools": POOLS}) as service, open_client(service) as client:

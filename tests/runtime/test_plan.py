@@ -7,8 +7,11 @@ from pathlib import Path
 import pytest
 
 from llama_orch.contract.config import PoolSettings
+from llama_orch.contract.models import ReplicaState
 from llama_orch.engines.simulated import SimulatedEngine
 from llama_orch.models.digest import Digests
+from llama_orch.models.references import BUILTIN
+from llama_orch.runtime.fit import RESERVE_BYTES, need_bytes
 from llama_orch.runtime.plan import PlanError, make_plan
 from llama_orch.testing.rehearsal import settings_for, sources_for
 
@@ -32,6 +35,30 @@ def test_a_split_goes_in_the_pools_own_order() -> None:
     plan = make_plan(settings_for(pool), ENGINES, sources_for(CARDS))
     (replica,) = plan.pools[0].replicas.values()
     assert (replica.device_ids, plan.replicas[replica.replica_id][1].tensor_split) == (("3060", "3090"), (1.0, 2.0))
+
+
+@pytest.mark.spec("HP-PLC-5")
+def test_a_replica_is_never_started_on_a_device_that_cannot_hold_it() -> None:
+    """`auto` leaves the small card out; a pool that fits nowhere is refused with the figures, and the others serve."""
+    big, small = sources_for(("3090", "3060"))
+    small.device.vram_free_bytes = RESERVE_BYTES + (100 << 20)
+    pools = (PoolSettings(id="fits"), PoolSettings(id="nowhere", devices=["3060"], slots=8))
+    plan = make_plan(settings_for(*pools), ENGINES, [big, small])
+    fits, nowhere = plan.pools
+    assert [replica.device_ids for replica in fits.replicas.values()] == [("3090",)]
+    assert (fits.is_live, nowhere.is_live) == (True, False)
+    assert "device 3060, which has 100 MiB to give" in (nowhere.last_error or "")
+
+
+@pytest.mark.spec("HP-PLC-5")
+def test_replicas_do_not_count_on_the_same_memory() -> None:
+    """What one replica was promised is not there for the next on the same device."""
+    (card,) = sources_for(("3060",))
+    need = need_bytes(BUILTIN["tiny"], 2048, 4, "simulated") or 0
+    card.device.vram_free_bytes = RESERVE_BYTES + 2 * need + 1000
+    plan = make_plan(settings_for(PoolSettings(replicas=3)), ENGINES, [card])
+    states = [replica.state for replica in plan.pools[0].replicas.values()]
+    assert states == [ReplicaState.LOADING, ReplicaState.LOADING, ReplicaState.FAILED]
 
 
 @pytest.mark.parametrize(

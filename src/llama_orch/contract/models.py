@@ -398,7 +398,7 @@ class ReplicaState(StrEnum):
 
 
 class Replica(Struct, kw_only=True, frozen=True):
-    """One worker process with one model."""
+    """One worker process with one model, on these devices and no others."""
 
     id: str
     devices: list[str]

@@ -83,6 +83,10 @@ class Replica:
             if self.leases.get(slot) == task_id:  # after a loss the slot may have another holder already
                 del self.leases[slot]
 
+    def refuse(self, problem: str) -> None:
+        """It does not fit its devices and is never started (HP-PLC-5)."""
+        self.state, self.last_error = ReplicaState.FAILED, problem
+
     def mark_ready(self, slots: int, now: float) -> None:
         self.state, self.slots, self.ready_since_s, self.retry_at_s = ReplicaState.READY, slots, now, None
 

@@ -17,7 +17,7 @@ from msgspec import structs
 from llama_orch.clock import Clock, new_id, new_seed
 from llama_orch.context import correlation_id
 from llama_orch.contract.config import Settings
-from llama_orch.contract.models import MetricsFrame, TaskRequest, TaskState
+from llama_orch.contract.models import MetricsFrame, ReplicaState, TaskRequest, TaskState
 from llama_orch.core import admission
 from llama_orch.core.effects import Abort, Admitted, Effect, Ended, Forget, Load, Start
 from llama_orch.core.pool import Pool
@@ -92,7 +92,8 @@ class Orchestrator:
         """Serve until canceled: start every replica, keep time. On the way out all workers are stopped."""
         async with asyncio.TaskGroup() as group:
             self._group = group
-            for replica_id in self.scheduler.replicas:
+            loading = [r.replica_id for r in self.scheduler.replicas.values() if r.state is ReplicaState.LOADING]
+            for replica_id in loading:
                 self._spawn(self.replicas.live(replica_id), f"replica {replica_id}")
             self._spawn(self._keep_time(), "time")
             try:

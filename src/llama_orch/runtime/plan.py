@@ -14,6 +14,7 @@ from llama_orch.devices.inventory import Source
 from llama_orch.engines.base import Engine, ReplicaSpec
 from llama_orch.models.gguf import GgufError, read_gguf_header
 from llama_orch.models.references import ModelNotFound, resolve
+from llama_orch.runtime.fit import Ledger
 
 
 class PlanError(Exception):
@@ -35,11 +36,12 @@ class Plan:
 
 def make_plan(settings: Settings, engines: Mapping[str, Engine], sources: Sequence[Source]) -> Plan:
     problems: list[str] = []
+    ledger = Ledger()
     plan = Plan([], [source.device for source in sources], {})
     for pool in settings.pools:
         problem = _pool_problem(pool, engines, sources)
         if problem is None:
-            _add_pool(plan, pool, engines[pool.engine], sources)
+            _add_pool(plan, pool, engines[pool.engine], sources, ledger)
         else:
             problems.append(f"pool {pool.id}: {problem}")
     if problems:
@@ -74,12 +76,19 @@ def _context_problem(pool: PoolSettings, path: Path) -> str | None:
     return f"ctx is {pool.ctx} tokens, but the model was trained with {trained}; set ctx to at most {trained}"
 
 
-def _add_pool(plan: Plan, pool: PoolSettings, engine: Engine, sources: Sequence[Source]) -> None:
+def _add_pool(plan: Plan, pool: PoolSettings, engine: Engine, sources: Sequence[Source], ledger: Ledger) -> None:
     slots = min(pool.slots, engine.traits.max_slots or pool.slots)
     replicas: dict[str, Replica] = {}
-    for number, mask in enumerate(_masks(pool, sources)):
+    path = resolve(pool.model)
+    claims = [(mask, ledger.claim(mask, pool, path, slots)) for mask in _masks(pool, sources)]
+    if pool.replicas == "auto" and any(problem is None for _, problem in claims):
+        claims = [(mask, problem) for mask, problem in claims if problem is None]  # one on each device that holds it
+    for number, (mask, problem) in enumerate(claims):
         replica_id = f"{pool.id}-{number}"
-        replicas[replica_id] = Replica(replica_id, pool.id, tuple(one.device.device_id for one in mask), slots)
+        replica = Replica(replica_id, pool.id, tuple(one.device.device_id for one in mask), slots)
+        if problem is not None:
+            replica.refuse(problem)
+        replicas[replica_id] = replica
         plan.replicas[replica_id] = (engine, _replica_spec(replica_id, pool, slots, mask))
     spec = PoolSpec(
         pool_id=pool.id,
