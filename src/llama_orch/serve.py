@@ -155,7 +155,8 @@ def _allow_descriptors(settings: Settings) -> None:
         granted = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
         resource.setrlimit(resource.RLIMIT_NOFILE, (granted, hard))
         if granted < needed:
-            log.warning("only %d descriptors are granted; server.max_streams %d may not be reached", granted, needed)
+            streams = settings.server.max_streams
+            log.warning("only %d descriptors are granted; server.max_streams %d may not be reached", granted, streams)
 
 
 def _bind(settings: Settings) -> socket.socket:

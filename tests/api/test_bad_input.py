@@ -4,12 +4,15 @@ time."""
 from __future__ import annotations
 
 import json
+import socket
 import uuid
+from contextlib import closing, suppress
 from typing import Any, NamedTuple
 
 import msgspec
 import pytest
 
+from llama_orch.api import protocol
 from llama_orch.api.auth import identity
 from llama_orch.api.validation import read_body
 from llama_orch.contract.codes import CODES
@@ -273,3 +276,53 @@ def test_http_1_0_without_host_is_served(server: Server) -> None:
     """Only HTTP/1.1 demands a Host header, and a browser always sends one."""
     answer = server.exchange(b"GET /healthz HTTP/1.0\r\n\r\n")
     assert (answer.http_status, answer.json) == (200, {"status": "ok"})
+
+
+@pytest.mark.spec("HP-SEC-3")
+@pytest.mark.parametrize("rest", [b"0\r\n" + b"A: x\r\n" * 60_000, b"0\r\nA: " + b"x" * 400_000], ids=["many", "long"])
+def test_trailers_without_end_are_cut_off(server: Server, rest: bytes) -> None:
+    """What comes behind the last chunk is bounded, and none of it is kept; no token is needed to be cut off."""
+    head = b"POST /v1/tasks HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+    with closing(server.connect(head + b"Transfer-Encoding: chunked\r\n\r\n")) as client:
+        assert client.recv(65536).startswith(b"HTTP/1.1 401 ")
+        with suppress(ConnectionError):
+            client.sendall(rest)
+        assert ends(client)
+
+
+@pytest.mark.spec("HP-SEC-3")
+def test_a_body_that_never_comes_does_not_hold_a_connection(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A request that was answered before its body was whole has a bounded time to send the rest, whatever trickles in."""
+    monkeypatch.setattr(protocol, "DRAIN_LIMIT_S", 0.1)
+    head = b"POST /v1/tasks HTTP/1.1\r\nHost: localhost\r\nContent-Length: 8000\r\n\r\n"
+    with closing(server.connect(head)) as client:
+        assert client.recv(65536).startswith(b"HTTP/1.1 401 ")
+        client.sendall(b"x")
+        assert ends(client)
+
+
+@pytest.mark.spec("HP-SEC-3")
+def test_a_head_that_never_ends_does_not_hold_a_connection(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An idle connection, and one that sends a header byte by byte, has a bounded time for its head."""
+    monkeypatch.setattr(protocol, "HEAD_LIMIT_S", 0.1)
+    with closing(server.connect(b"GET / HTTP/1.1\r\nX: ")) as client:
+        assert ends(client)
+
+
+def test_a_refused_body_that_comes_late_leaves_the_connection_in_order(server: Server) -> None:
+    """A client that sends its body after the answer can go on using the connection."""
+    head = b"POST /v1/tasks HTTP/1.1\r\nHost: localhost\r\nContent-Length: 5\r\n\r\n"
+    with closing(server.connect(head)) as client:
+        assert client.recv(65536).startswith(b"HTTP/1.1 401 ")
+        client.sendall(b"12345GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert client.recv(65536).startswith(b"HTTP/1.1 200 ")
+
+
+def ends(client: socket.socket) -> bool:
+    """The other side closes, in good order or not, before the socket's own limit."""
+    try:
+        while client.recv(65536):
+            pass
+    except ConnectionError:
+        pass
+    return True

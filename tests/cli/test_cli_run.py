@@ -254,3 +254,18 @@ def test_the_own_servers_command_line_holds_no_token() -> None:
     arguments = serve_command("c.yaml")[1:]
     expected = "-P -m llama_orch.cli serve --host 127.0.0.1 --port 0 --lifeline --config c.yaml"
     assert arguments == expected.split()
+
+
+@pytest.mark.parametrize("where", [">/dev/full", ">&-"])
+def test_a_stdout_that_takes_nothing_cancels_the_task(
+    service: ContractService, env: dict[str, str], where: str
+) -> None:
+    """A full disk or a closed stream behind stdout: a sentence, exit 1, and no task that goes on."""
+    command = f"exec {sys.executable} -P -m llama_orch.cli run hello {where}"
+    ended = subprocess.run(
+        ["bash", "-c", command], env=env | _against(service), stderr=subprocess.PIPE, text=True, timeout=TIMEOUT_S
+    )
+    assert ended.returncode == 1
+    assert "could not be written" in ended.stderr
+    assert "Traceback" not in ended.stderr
+    assert service.only_task().is_canceled

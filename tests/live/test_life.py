@@ -182,3 +182,12 @@ def test_the_log_is_json_lines_with_the_fields_and_without_the_token(service: Li
     raw = service.log_path.read_text()
     assert service.token not in raw
     assert "wrong-but-secret" not in raw
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_top_k_of_0_switches_it_off(service: LiveService, engine: str) -> None:
+    """It is not the same as top_k 1, which would give every seed the same text."""
+    with open_client(service) as client:
+        sampling = {"temperature": 1.5, "top_p": 1.0, "top_k": 0}
+        texts = {text(finish(client, engine=engine, max_tokens=24, seed=seed, sampling=sampling)) for seed in range(4)}
+        assert len(texts) > 1

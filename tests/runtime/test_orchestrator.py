@@ -12,6 +12,7 @@ from msgspec import structs
 from llama_orch.contract.config import PoolSettings, QueueSettings, ServerSettings, TasksSettings
 from llama_orch.contract.models import Priority, TaskState
 from llama_orch.devices.inventory import Source
+from llama_orch.engines.base import WorkerLost
 from llama_orch.engines.simulated import ServiceModel
 from llama_orch.errors import (
     AdmissionReject,
@@ -556,5 +557,42 @@ def test_a_number_behind_the_end_still_gets_the_last_frame() -> None:
         task_id = (await stage.service.submit(a_task(max_tokens=2))).task_id
         await frames_of(stage, task_id)
         assert events(parse(await read_all(stage.service.open_stream(task_id, 999)))) == ["end"]
+
+    rehearse(scenario)
+
+
+@pytest.mark.spec("HP-PLC-7")
+def test_an_idle_worker_that_does_not_answer_is_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody decodes on it, so only the count finds out that it hangs: 503 for this one, a new worker for the next."""
+
+    async def scenario(stage: Stage) -> None:
+        async def hangs(text: str) -> int:
+            await asyncio.sleep(30)
+            raise WorkerLost("POST /tokenize had no answer within 30 s")
+
+        monkeypatch.setattr(stage.worker(), "count_tokens", hangs)
+        with pytest.raises(PoolUnready, match="no answer within 30 s"):
+            await stage.service.submit(a_task(max_tokens=2))
+        assert stage.service.get_pool_health("default").ready is False
+        await asyncio.sleep(2)
+        admission = await stage.service.submit(a_task(max_tokens=2))
+        assert events(await frames_of(stage, admission.task_id))[-1] == "end"
+        assert stage.service.get_pool_health("default").replicas[0].restarts == 1
+
+    rehearse(scenario)
+
+
+def test_waiting_for_a_turn_to_be_counted_has_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two counts run at a time; the others are told to come back instead of waiting for ever."""
+
+    async def scenario(stage: Stage) -> None:
+        async def slow(text: str) -> int:
+            await asyncio.sleep(50)
+            return 3
+
+        monkeypatch.setattr(stage.worker(), "count_tokens", slow)
+        submissions = (stage.service.submit(a_task(max_tokens=1)) for _ in range(4))
+        answers = await asyncio.gather(*submissions, return_exceptions=True)
+        assert sorted(type(answer).__name__ for answer in answers) == ["AdmissionResponse"] * 2 + ["PoolUnready"] * 2
 
     rehearse(scenario)

@@ -9,7 +9,7 @@ import re
 from llama_orch.contract.config import ServerSettings
 from llama_orch.errors import Forbidden
 
-_NAME = re.compile(r"(\[[0-9a-f:.]+\]|[a-z0-9._-]{1,253})(?::[0-9]{1,5})?").fullmatch
+_NAME = re.compile(r"(\[[0-9a-f:.]+\]|[a-z0-9._-]{1,253})(?::[0-9]{0,5})?").fullmatch
 
 
 def host_name(host: str) -> str:

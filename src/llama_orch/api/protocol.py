@@ -14,18 +14,23 @@ from llama_orch.errors import HeadersTooLarge, InvalidParams, LlorchError
 
 HEAD_MAX_BYTES = 65536  # request line and headers as they come, before the edge looks at them one by one
 HEAD_LIMIT_S = 20.0  # from the connection, or from the first byte of a further request, to the end of the head
+BODY_LIMIT_S = 60.0  # from there to the end of the body
+DRAIN_LIMIT_S = 2.0  # for the rest of a request that is answered already: nobody reads it, the client may still send it
+FRAMING_PER_BODY_BYTE = 8  # chunks of one byte have five bytes around it; trailers are nothing but framing
 
 
 class HttpProtocol(HttpToolsProtocol):
     """For `uvicorn.Config(http=...)`."""
 
-    _head_bytes = 0
     _is_in_head = True
-    _head_timer: asyncio.TimerHandle | None = None
+    _head_bytes = 0
+    _body_bytes = 0
+    _framing_bytes = 0
+    _timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as in uvicorn
         super().connection_made(transport)
-        self._start_timer()
+        self._close_in(HEAD_LIMIT_S)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_timer()
@@ -34,28 +39,50 @@ class HttpProtocol(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         if self._is_in_head:
             self._head_bytes += len(data)
-            self._start_timer()
+            if self._timer is None:
+                self._close_in(HEAD_LIMIT_S)
+        body_before = self._body_bytes
         super().data_received(data)
-        if self._is_in_head and self._head_bytes > HEAD_MAX_BYTES:
-            self._refuse(HeadersTooLarge(f"the request's head exceeds {HEAD_MAX_BYTES} bytes"))
+        if self._is_in_head:
+            if self._head_bytes > HEAD_MAX_BYTES:
+                self._refuse(HeadersTooLarge(f"the request's head exceeds {HEAD_MAX_BYTES} bytes"))
+            return
+        self._framing_bytes += len(data) - (self._body_bytes - body_before)
+        if self._framing_bytes > 2 * HEAD_MAX_BYTES + FRAMING_PER_BODY_BYTE * self._body_bytes:
+            self.transport.close()
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if self._is_in_head:  # trailers are not kept: nothing here reads them
+            super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
-        self._is_in_head = False
-        self._stop_timer()
+        self._is_in_head, self._body_bytes, self._framing_bytes = False, 0, 0
+        self._close_in(BODY_LIMIT_S)
         super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        self._body_bytes += len(body)
+        super().on_body(body)
 
     def on_message_complete(self) -> None:
         self._is_in_head, self._head_bytes = True, 0
+        self._stop_timer()
         super().on_message_complete()
 
-    def _start_timer(self) -> None:
-        if self._head_timer is None:
-            self._head_timer = self.loop.call_later(HEAD_LIMIT_S, self.transport.close)
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        if not self._is_in_head:  # answered before the request was whole
+            self._close_in(DRAIN_LIMIT_S)
+
+    def _close_in(self, seconds: float) -> None:
+        """Data that comes does not put it off."""
+        self._stop_timer()
+        self._timer = self.loop.call_later(seconds, self.transport.close)
 
     def _stop_timer(self) -> None:
-        if self._head_timer is not None:
-            self._head_timer.cancel()
-            self._head_timer = None
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
 
     def send_400_response(self, msg: str) -> None:
         self._refuse(InvalidParams("the request is not valid HTTP/1.1"))

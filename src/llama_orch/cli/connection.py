@@ -19,7 +19,7 @@ DEFAULT_URL = "http://127.0.0.1:8080"
 
 def server_url(env: Mapping[str, str]) -> str:
     """LLORCH_URL, or the address where `serve` listens by default."""
-    url = env.get("LLORCH_URL") or DEFAULT_URL
+    url = env.get("LLORCH_URL", "").strip() or DEFAULT_URL
     try:
         parts = urlsplit(url)
         is_url = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from typing import Annotated
 
 import typer
@@ -50,4 +52,18 @@ app.add_typer(config.app, name="config")
 
 
 def main() -> None:
+    _open_what_is_closed()
     app(prog_name="llama-orch")
+
+
+def _open_what_is_closed() -> None:
+    """A shell can start us without stdin, stdout or stderr (`>&-`): then reading finds the end, and writing fails as on
+    any stream that cannot take it, instead of with an attribute of None."""
+    # stdout as a stream that cannot be written to: who closed it wants no answer, and `run` cancels its task.
+    streams = (("stdin", "r", os.O_RDONLY), ("stdout", "w", os.O_RDONLY), ("stderr", "w", os.O_WRONLY))
+    for number, (name, mode, flags) in enumerate(streams):
+        if getattr(sys, name) is None:
+            descriptor = os.open(os.devnull, flags)
+            if descriptor != number:
+                os.dup2(descriptor, number)
+            setattr(sys, name, open(number, mode, closefd=False))

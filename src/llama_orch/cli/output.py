@@ -122,6 +122,10 @@ def reported() -> Iterator[None]:
     except BrokenPipeError as error:
         silence_stdout()
         raise typer.Exit(DONE) from error  # the reader has what it wanted
+    except OSError as error:
+        silence_stdout()
+        note(f"error: the output could not be written: {error.strerror or error}")
+        raise typer.Exit(FAILED) from error
     except KeyboardInterrupt as error:
         raise typer.Exit(INTERRUPTED) from error
 

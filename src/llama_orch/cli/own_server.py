@@ -18,6 +18,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
+from llama_orch.settings import SettingsError
+
 START_TIMEOUT_S = 300.0  # a large model is read from a disk
 STOP_TIMEOUT_S = 15.0
 _ANNOUNCEMENT = "listening on "
@@ -50,12 +52,18 @@ def serve_command(config: str | None) -> list[str]:
     return command + (["--config", config] if config else [])
 
 
+def _open_log(log_file: Path) -> IO[bytes]:
+    try:
+        log_file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        return open(os.open(log_file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o600), "wb")
+    except OSError as error:
+        raise SettingsError([f"{log_file}: {error.strerror}; set LLORCH_HOME to a folder of yours"]) from error
+
+
 @contextmanager
 def own_server(command: list[str], env: Mapping[str, str], log_file: Path) -> Iterator[str]:
     """Run the server; yields its URL once it listens, and leaves nothing behind."""
-    log_file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND
-    with open(os.open(log_file, flags, 0o600), "wb") as log:
+    with _open_log(log_file) as log:
         server = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, env=dict(env), start_new_session=True
         )

@@ -157,6 +157,9 @@ def _run_task(client: Client, request: TaskRequest, as_json: bool) -> int:
             silence_stdout()
             _cancel(client, request.task_id, is_admitted)
             return DONE  # the reader has what it wanted
+        except OSError:  # a full disk behind stdout, for example
+            _cancel(client, request.task_id, is_admitted)
+            raise
         except ApiError:
             if is_admitted:
                 _cancel(client, request.task_id, is_admitted)

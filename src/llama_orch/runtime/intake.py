@@ -16,13 +16,14 @@ from llama_orch.contract.models import TaskRequest
 from llama_orch.core import admission, refusals
 from llama_orch.core.pool import Pool
 from llama_orch.core.prediction import Predictor
-from llama_orch.engines.base import EngineError, JobRefused, Worker
+from llama_orch.engines.base import EngineError, JobRefused, Worker, WorkerLost
 from llama_orch.errors import InvalidParams, PoolUnready
 from llama_orch.runtime.replicas import Replicas
 
 log = logging.getLogger("llama_orch.intake")
 
 COUNTS_AT_ONCE = 2  # per pool; workers keep more HTTP threads than this beside those of their slots
+COUNT_LIMIT_S = 60.0  # the wait for a turn included
 BUSY_MS = 1_000
 
 
@@ -44,24 +45,37 @@ class Intake:
 
     async def measure(self, pool: Pool, request: TaskRequest, now: float) -> Measured:
         admission.check_size(request, pool.spec)
-        worker = next((w for r in pool.replicas if (w := self._replicas.worker(r)) is not None), None)
-        if worker is None:
+        serving = ((replica, self._replicas.worker(replica.replica_id)) for replica in pool.replicas.values())
+        replica, worker = next(((r, w) for r, w in serving if w is not None), (None, None))
+        if replica is None or worker is None:
             return self._bounded(pool, request, now)
         try:
-            async with self._turns.setdefault(pool.spec.pool_id, asyncio.Semaphore(COUNTS_AT_ONCE)):
+            async with asyncio.timeout(COUNT_LIMIT_S), self._turn(pool):
                 prompts = await render(worker, request)
                 return Measured(prompts, [await worker.count_tokens(prompt) for prompt in prompts])
         except JobRefused as error:
             hint = "; end `messages` with a `user` turn or send a `prompt`" if request.messages else ""
             reason = f"{pool.spec.engine} refuses this: {error}{hint}"
             raise InvalidParams(reason, engine=pool.spec.engine) from error
-        except EngineError as error:
-            log.warning("pool %s could not count tokens: %s", pool.spec.pool_id, error)
-            raise PoolUnready(
-                f"pool {pool.spec.pool_id} could not count the prompt's tokens in time; repeat shortly",
-                engine=pool.spec.engine,
-                retry_after_ms=BUSY_MS,
-            ) from error
+        except WorkerLost as error:
+            # One that decodes proves by its tokens that it lives, or is found out by their absence; an idle one cannot.
+            if not replica.leases:
+                self._replicas.condemn(replica.replica_id, str(error))
+            raise self._busy(pool, str(error)) from error
+        except (EngineError, TimeoutError) as error:
+            raise self._busy(pool, str(error) or "others are being counted") from error
+
+    def _turn(self, pool: Pool) -> asyncio.Semaphore:
+        return self._turns.setdefault(pool.spec.pool_id, asyncio.Semaphore(COUNTS_AT_ONCE))
+
+    @staticmethod
+    def _busy(pool: Pool, reason: str) -> PoolUnready:
+        log.warning("pool %s could not count tokens: %s", pool.spec.pool_id, reason)
+        return PoolUnready(
+            f"pool {pool.spec.pool_id} could not count the prompt's tokens ({reason}); repeat shortly",
+            engine=pool.spec.engine,
+            retry_after_ms=BUSY_MS,
+        )
 
     def _bounded(self, pool: Pool, request: TaskRequest, now: float) -> Measured:
         """Without a worker to ask, only what fits by its bytes is let in."""

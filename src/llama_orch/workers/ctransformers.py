@@ -95,7 +95,8 @@ class CtransformersModel:
             return int(
                 self._llm.sample(
                     temperature=1.0 if is_greedy else temperature,
-                    top_k=1 if is_greedy else int(body.get("top_k", 40)),
+                    # The library takes 0 for 1; in the contract it switches top-k off.
+                    top_k=1 if is_greedy else int(body.get("top_k", 40)) or self._llm.vocab_size,
                     top_p=float(body.get("top_p", 0.95)),
                     repetition_penalty=float(body.get("repeat_penalty", 1.0)),
                     last_n_tokens=_PENALTY_TOKENS,
