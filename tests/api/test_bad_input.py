@@ -292,7 +292,7 @@ def test_trailers_without_end_are_cut_off(server: Server, rest: bytes) -> None:
 
 @pytest.mark.spec("HP-SEC-3")
 def test_a_body_that_never_comes_does_not_hold_a_connection(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A request that was answered before its body was whole has a bounded time to send the rest, whatever trickles in."""
+    """A request that is answered before its body is whole has a bounded time for the rest, whatever trickles in."""
     monkeypatch.setattr(protocol, "DRAIN_LIMIT_S", 0.1)
     head = b"POST /v1/tasks HTTP/1.1\r\nHost: localhost\r\nContent-Length: 8000\r\n\r\n"
     with closing(server.connect(head)) as client:

@@ -268,4 +268,4 @@ def test_a_stdout_that_takes_nothing_cancels_the_task(
     assert ended.returncode == 1
     assert "could not be written" in ended.stderr
     assert "Traceback" not in ended.stderr
-    assert service.only_task().is_canceled
+    assert service.only_task().canceled.is_set()

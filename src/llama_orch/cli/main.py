@@ -66,4 +66,4 @@ def _open_what_is_closed() -> None:
             descriptor = os.open(os.devnull, flags)
             if descriptor != number:
                 os.dup2(descriptor, number)
-            setattr(sys, name, open(number, mode, closefd=False))
+            setattr(sys, name, open(number, mode, closefd=False))  # noqa: SIM115  # for the length of the program
