@@ -277,7 +277,8 @@ def _not_built(path: str) -> str:
 
 @dataclass(frozen=True)
 class Home:
-    """The folder of this installation's state. Only its user may enter it."""
+    """The folder of this installation's state. Made so that only its user may enter it; one that exists keeps its mode,
+    and what is secret in it has a mode of its own."""
 
     path: Path
 
