@@ -280,3 +280,14 @@ def test_a_long_temporary_folder_is_passed_over(tmp_path: Path, monkeypatch: pyt
 def test_an_exit_has_a_reason(code: int, reason: str) -> None:
     """How a process ended, in words."""
     assert exit_reason(code) == reason
+
+
+def test_a_process_with_an_odd_name_is_no_obstacle() -> None:
+    """Names in /proc are bytes that any local user chooses; the sweep of a dead worker's session reads past them."""
+    rename = "import ctypes; ctypes.CDLL(None).prctl(15, b'\\xff\\xfe) R 1 1 1', 0, 0, 0)"
+    program = f"{rename}; print('renamed', flush=True); input()"
+    with subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as odd:
+        assert odd.stdout is not None
+        assert odd.stdout.readline() == b"renamed\n"
+        assert odd.pid not in session_members(2**22 + 1)
+        odd.communicate(b"\n")

@@ -191,3 +191,19 @@ def test_top_k_of_0_switches_it_off(service: LiveService, engine: str) -> None:
         sampling = {"temperature": 1.5, "top_p": 1.0, "top_k": 0}
         texts = {text(finish(client, engine=engine, max_tokens=24, seed=seed, sampling=sampling)) for seed in range(4)}
         assert len(texts) > 1
+
+
+@pytest.mark.spec("HP-STR-6", "HP-PLC-7")
+@pytest.mark.parametrize(("engine", "pool", "words"), [("llamacpp", "default", 390), ("ctransformers", "second", 190)])
+def test_cancel_while_a_long_prompt_is_read_costs_no_worker(
+    service: LiveService, engine: str, pool: str, words: int
+) -> None:
+    """The engine looks up between two batches of the prompt: the slot gets free and the worker stays."""
+    with open_client(service) as client:
+        before = client.get(f"/v1/pools/{pool}/health").json()["replicas"][0]["restarts"]
+        for _ in range(3):
+            task_id = submit(client, engine=engine, prompt="the little fox " * words, max_tokens=20)["task_id"]
+            assert client.post(f"/v1/tasks/{task_id}/cancel").status_code == 204
+            assert stream(client, task_id)[-1].data["code"] == "CANCELED"
+        assert finish(client, engine=engine, max_tokens=4)[-1].event == "end"
+        assert client.get(f"/v1/pools/{pool}/health").json()["replicas"][0]["restarts"] == before
