@@ -32,4 +32,9 @@ METRICS: tuple[Metric, ...] = (
     Metric('replica_ready', 'gauge', ('engine', 'engine_version', 'pool_id', 'replica_id'), '1 while the replica serves.', ()),
     Metric('replica_restarts_total', 'counter', ('engine', 'engine_version', 'pool_id', 'replica_id'), "Times that a replica's worker was lost.", ()),
     Metric('streams_open', 'gauge', (), 'Streams that clients hold open.', ()),
+    Metric('gpu_utilization', 'gauge', ('engine', 'engine_version', 'pool_id', 'replica_id', 'device'), 'Part of the last moments in which the card computed, 0 to 1, as the driver says; on a simulated device the part of its slots that are busy.', ()),
+    Metric('vram_used_bytes', 'gauge', ('engine', 'engine_version', 'pool_id', 'replica_id', 'device'), 'Memory that the replica takes on the device: as the driver says, else as the ledger has it.', ()),
+    Metric('prediction_error_ms', 'histogram', ('engine', 'engine_version', 'pool_id', 'priority'), 'Milliseconds between the start that was predicted at admission and the true one, either way.', (5, 10, 25, 50, 100, 250, 500, 1000, 2500, 5000, 10000, 30000, 60000, 300000)),
+    Metric('latency_load_ms', 'histogram', ('engine', 'engine_version', 'pool_id', 'device'), 'Milliseconds from the launch of a worker until its model was loaded.', (50, 100, 250, 500, 1000, 2500, 5000, 10000, 30000, 60000, 300000, 1800000)),
+    Metric('replica_evictions_total', 'counter', ('engine', 'engine_version', 'pool_id', 'replica_id', 'reason'), 'Models that were unloaded: for room (evicted), after their keep-alive (idle), or by a drain or a reload.', ()),
 )

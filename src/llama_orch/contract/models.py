@@ -298,7 +298,9 @@ class Device(Struct, kw_only=True, frozen=True):
     name: str
     backend: Backend
     vram_total_bytes: Annotated[int, Meta(ge=0, le=9223372036854775807)]  # Main memory for the CPU.
-    vram_free_bytes: Annotated[int, Meta(ge=0, le=9223372036854775807)]
+    vram_free_bytes: Annotated[int, Meta(ge=0, le=9223372036854775807)]  # The lesser of what the driver and what the service's ledger count as free.
+    vram_reserved_bytes: Annotated[int, Meta(ge=0, le=9223372036854775807)]  # What the ledger has given to replicas.
+    problem: str | None  # Why nothing is placed on it now: lost, or not readable; null while it is well.
 
 
 class Concurrency(Struct, kw_only=True, frozen=True):
@@ -378,6 +380,8 @@ class Pool(Struct, kw_only=True, frozen=True):
     queue: Queue
     queue_depth: QueueDepth
     ready: bool
+    on_demand: bool  # Made for a task that named a model which no configured pool serves; goes when its model is unloaded.
+    keep_alive_ms: Annotated[int, Meta(ge=0, le=9223372036854775807)] | None  # Unloaded after this long without a task; null keeps it loaded.
 
 
 class PoolList(Struct, kw_only=True, frozen=True):
@@ -388,10 +392,12 @@ class PoolList(Struct, kw_only=True, frozen=True):
 
 
 class ReplicaState(StrEnum):
-    """loading: its worker starts; ready: it serves; backoff: it died and waits to be started again; failed: it died too often; stopped: the service is ending."""
+    """unloaded: no worker runs, and a task that needs it has it loaded; loading: its worker starts; ready: it serves; unloading: its worker ends, and its memory is not back yet; backoff: its worker died and is started again; failed: quarantined, because its worker died too often or no device can hold it; stopped: it is not needed any more."""
 
+    UNLOADED = 'unloaded'
     LOADING = 'loading'
     READY = 'ready'
+    UNLOADING = 'unloading'
     BACKOFF = 'backoff'
     FAILED = 'failed'
     STOPPED = 'stopped'
@@ -407,6 +413,7 @@ class Replica(Struct, kw_only=True, frozen=True):
     slots_total: Annotated[int, Meta(ge=0, le=2147483647)]
     restarts: Annotated[int, Meta(ge=0, le=2147483647)]
     last_error: str | None
+    vram_reserved_bytes: Annotated[int, Meta(ge=0, le=9223372036854775807)]  # What it takes on its devices together: as predicted, once loaded as measured; 0 while nothing is loaded.
 
 
 class PoolMetrics(Struct, kw_only=True, frozen=True):
@@ -425,9 +432,21 @@ class PoolHealth(Struct, kw_only=True, frozen=True):
     ready: bool  # At least one replica serves.
     draining: bool
     last_error: str | None
-    last_reload: str | None  # The last reload's outcome; null when there was none.
+    last_reload: str | None  # How the last reload fares or ended: `loading …`, `waiting …`, `done: …` or `failed: …`, with the models; null when there was none.
     replicas: list[Replica]
     metrics: PoolMetrics
+
+
+class DrainRequest(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
+    """How long the tasks of the pool may still take."""
+
+    deadline_ms: Annotated[int, Meta(ge=0, le=604800000)]  # From now. 0 ends them at once.
+
+
+class ReloadRequest(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
+    """What the pool is to serve."""
+
+    new_model_ref: Annotated[str, Meta(min_length=1, max_length=1024)]  # A model reference, as `model` of a pool in the configuration.
 
 
 class Healthz(Struct, kw_only=True, frozen=True):

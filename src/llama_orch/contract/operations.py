@@ -8,9 +8,9 @@ from typing import Annotated, Any, Literal, NamedTuple, Protocol
 
 from msgspec import Meta
 
-from .models import TaskRequest, TaskState, Uuid
+from .models import DrainRequest, ReloadRequest, TaskRequest, TaskState, Uuid
 
-API_VERSION = '2.1.0'
+API_VERSION = '2.2.0'
 
 
 class Parameter(NamedTuple):
@@ -106,6 +106,20 @@ OPERATIONS: dict[str, Operation] = {
         ),
         (200, 400, 401, 403, 404), is_open=False,
     ),
+    'drainPool': Operation(
+        'drainPool', 'control', 'POST', '/v1/pools/{id}/drain', DrainRequest,
+        (
+            Parameter('id', 'path', Annotated[str, Meta(min_length=1, max_length=64)], True, None),
+        ),
+        (202, 400, 401, 403, 404, 413, 415), is_open=False,
+    ),
+    'reloadPool': Operation(
+        'reloadPool', 'control', 'POST', '/v1/pools/{id}/reload', ReloadRequest,
+        (
+            Parameter('id', 'path', Annotated[str, Meta(min_length=1, max_length=64)], True, None),
+        ),
+        (202, 400, 401, 403, 404, 409, 413, 415, 503), is_open=False,
+    ),
 }
 
 ALLOW: dict[str, str] = {
@@ -119,6 +133,8 @@ ALLOW: dict[str, str] = {
     '/v1/tasks/{id}/stream': 'GET, HEAD',
     '/v1/tasks/{id}/cancel': 'POST',
     '/v1/pools/{id}/health': 'GET, HEAD',
+    '/v1/pools/{id}/drain': 'POST',
+    '/v1/pools/{id}/reload': 'POST',
 }
 
 
@@ -136,3 +152,5 @@ class Handlers(Protocol):
     async def stream_task(self, *, id: Uuid) -> Any: ...  # GET /v1/tasks/{id}/stream
     async def cancel_task(self, *, id: Uuid) -> Any: ...  # POST /v1/tasks/{id}/cancel
     async def get_pool_health(self, *, id: Annotated[str, Meta(min_length=1, max_length=64)]) -> Any: ...  # GET /v1/pools/{id}/health
+    async def drain_pool(self, *, body: DrainRequest, id: Annotated[str, Meta(min_length=1, max_length=64)]) -> Any: ...  # POST /v1/pools/{id}/drain
+    async def reload_pool(self, *, body: ReloadRequest, id: Annotated[str, Meta(min_length=1, max_length=64)]) -> Any: ...  # POST /v1/pools/{id}/reload
