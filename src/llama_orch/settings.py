@@ -33,7 +33,7 @@ _TOKEN_DISTINCT_MIN = 8
 _TOKEN_BYTES_MAX = 4096
 
 # Sections of the contract that this version does not build: only their defaults are accepted.
-_NOT_BUILT = ("on_demand", "sessions", "catalog", "policy", "tasks.keep_transcripts")
+_NOT_BUILT = ("sessions", "catalog.trust_policy", "policy", "tasks.keep_transcripts")
 
 
 class SettingsError(Exception):
@@ -213,8 +213,6 @@ def _pool_problems(where: str, pool: PoolSettings, settings: Settings) -> Iterat
         yield f"{where}.max_tokens: {pool.max_tokens} is more than the ctx of a slot, {pool.ctx}"
     if pool.slots * pool.ctx > REPLICA_CTX_MAX:
         yield f"{where}: slots x ctx is {pool.slots * pool.ctx} tokens; a replica takes at most {REPLICA_CTX_MAX}"
-    if pool.keep_alive_ms is not None:
-        yield _not_built(f"{where}.keep_alive_ms")
 
 
 def model_problem(reference: str) -> str | None:

@@ -9,7 +9,7 @@ from typing import Literal
 
 from llama_orch.clock import Clock
 from llama_orch.contract.config import DeviceSettings
-from llama_orch.core.pool import Device
+from llama_orch.core.ledger import Device
 from llama_orch.devices import cpu
 from llama_orch.devices.nvml import Card, Nvml, Reading, Watch
 

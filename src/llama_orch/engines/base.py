@@ -23,6 +23,10 @@ class LoadFailed(EngineError):
     """The worker could not load its model (bad file, unsupported architecture, no memory, stalled)."""
 
 
+class OutOfMemory(LoadFailed):
+    """The device had no room for what the model needs."""
+
+
 class WorkerLost(EngineError):
     """The worker died, broke its connection or answered nonsense while it was needed."""
 
