@@ -75,7 +75,8 @@ def unready(pool: Pool, wait_ms: int) -> PoolUnready:
 
 def gone(pool: Pool) -> PoolUnavailable:
     return PoolUnavailable(
-        f"pool {pool.spec.pool_id} has no replica left ({pool.last_error}); mend that, then reload the pool or restart the service",
+        f"pool {pool.spec.pool_id} has no replica left ({pool.last_error}); mend that, then reload the pool, "
+        "or restart the service",
         engine=pool.spec.engine,
         retry_after_ms=MENDING_MS,
     )

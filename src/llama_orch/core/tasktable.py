@@ -1,4 +1,4 @@
-"""The tasks that the service knows: those that have not ended, and those that ended lately. Keeps deadlines in order."""
+"""The tasks that the service knows: those that have not ended, and those that ended lately. Deadlines in order."""
 
 from __future__ import annotations
 

@@ -24,6 +24,7 @@ from llama_orch.engines.base import (
     ReplicaSpec,
     WorkerFacts,
     WorkerLost,
+    load_failed,
 )
 from llama_orch.workers.stop_strings import StopStrings
 
@@ -43,9 +44,12 @@ class ServiceModel:
 
 
 class SimulatedEngine:
-    """Launches simulated workers. `service` and `load_error` may be changed at any time: later launches follow."""
+    """Launches simulated workers. `service` and `load_error` may be changed at any time: later launches follow.
 
-    def __init__(self, service: ServiceModel = ServiceModel(), load_error: str | None = None) -> None:
+    `load_error` as a text becomes the exception that a real engine's last words would; an exception is raised as it is.
+    """
+
+    def __init__(self, service: ServiceModel = ServiceModel(), load_error: str | LoadFailed | None = None) -> None:
         self.service = service
         self.load_error = load_error
         self.workers: dict[str, SimulatedWorker] = {}  # by replica id, the latest launch of each
@@ -74,7 +78,7 @@ class SimulatedEngine:
 class SimulatedWorker:
     """One simulated replica; `crash` and `hang` are what tests do to it."""
 
-    def __init__(self, spec: ReplicaSpec, service: ServiceModel, load_error: str | None = None) -> None:
+    def __init__(self, spec: ReplicaSpec, service: ServiceModel, load_error: str | LoadFailed | None = None) -> None:
         self._spec = spec
         self._service = service
         self._load_error = load_error
@@ -102,10 +106,11 @@ class SimulatedWorker:
     async def ready(self) -> WorkerFacts:
         await self._pass(self._service.load_s)
         if self._ended.is_set():
-            raise LoadFailed(f"the worker ended while it loaded the model: {self._end_reason}")
+            raise load_failed(f"the worker ended while it loaded the model: {self._end_reason}")
         if self._load_error is not None:
-            self.crash(self._load_error)
-            raise LoadFailed(self._load_error)
+            error = self._load_error if isinstance(self._load_error, LoadFailed) else load_failed(self._load_error)
+            self.crash(str(error))
+            raise error
         return WorkerFacts(_VERSION, self._spec.slots, self._spec.ctx, load_ms=round(self._service.load_s * 1000))
 
     async def lost(self) -> str:
