@@ -8,9 +8,9 @@ import pytest
 
 from llama_orch.contract.config import PoolSettings
 from llama_orch.contract.models import ReplicaState
+from llama_orch.core.ledger import RESERVE_BYTES
 from llama_orch.engines.simulated import SimulatedEngine
 from llama_orch.models.digest import Digests
-from llama_orch.core.ledger import RESERVE_BYTES
 from llama_orch.runtime.library import FileLibrary
 from llama_orch.runtime.plan import PlanError, make_plan
 from llama_orch.testing.rehearsal import settings_for, sources_for
