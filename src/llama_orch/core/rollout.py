@@ -70,7 +70,7 @@ class Rollouts:
         if self._fleet.ledger.has_room(replica):
             return True
         leaving = self._fleet.room_makers(replica, now)
-        return bool(leaving) and not any(victim.is_busy for victim in leaving)
+        return leaving is not None and not any(victim.is_busy for victim in leaving)
 
     def of(self, replica: Replica) -> Rollout | None:
         """The rollout that brings this replica."""
