@@ -49,6 +49,7 @@ class ServiceModel:
     prefill_s_per_token: float = 0.0005
     decode_s_per_token: float = 0.02
     cancel_s: float = 0.0  # from the cancel to the free slot
+    unload_s: float = 0.0  # from the stop to the free memory
     mean_tokens: int | None = None  # of an answer; None: every answer runs to its max_tokens
     batch_slowdown: float = 0.0
     card_slowdown: float = 0.0
@@ -257,6 +258,8 @@ class SimulatedWorker:
         )
 
     async def stop(self, grace_s: float) -> None:
+        if self._service.unload_s > 0:
+            await self._pass(self._service.unload_s)
         self.crash("exited with code 0")
 
     def _check_alive(self) -> None:
