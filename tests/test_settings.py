@@ -161,6 +161,7 @@ def test_defaults_agree_with_the_published_schema() -> None:
 
 
 SIMULATED = "devices: [{id: a, backend: simulated, vram_bytes: 1000}, {id: b, backend: simulated, vram_bytes: 1000}]\n"
+ONE_CARD = "devices: [{id: a, uuid: GPU-1, vram_bytes: 1000}, {id: b, uuid: GPU-1, vram_bytes: 500}]\n"
 
 
 @pytest.mark.parametrize(
@@ -169,6 +170,7 @@ SIMULATED = "devices: [{id: a, backend: simulated, vram_bytes: 1000}, {id: b, ba
         ("pools: [{}, {}]", "pools"),
         ("devices: [{id: a, backend: cpu}, {id: a, backend: cpu}]", "devices"),
         ("devices: [{id: a, uuid: GPU-1}, {id: b, uuid: GPU-1}]", "devices"),
+        ("devices: [{id: a, uuid: GPU-1, vram_bytes: 1000}, {id: b, uuid: GPU-1}]", "devices"),
         ("devices: [{id: a}]", "devices[0].uuid"),
         ("devices: [{id: a, uuid: GPU-1, backend: cpu}]", "devices[0].uuid"),
         ("devices: [{id: a, backend: simulated}]", "devices[0].vram_bytes"),
@@ -179,6 +181,7 @@ SIMULATED = "devices: [{id: a, backend: simulated, vram_bytes: 1000}, {id: b, ba
         (SIMULATED + "pools: [{devices: [a, b], tensor_split: [1]}]", "pools[0].tensor_split"),
         (SIMULATED + "pools: [{devices: [a, b], tensor_split: [0, 0]}]", "pools[0].tensor_split"),
         (SIMULATED + "pools: [{devices: [a, b], tensor_split: [1, 1], replicas: 2}]", "pools[0].replicas"),
+        (ONE_CARD + "pools: [{devices: [a, b], tensor_split: [2, 1]}]", "pools[0].tensor_split"),
         ("pools: [{engine: vllm}]", "pools[0].engine"),
         ("pools: [{sampler_profile_version: v9}]", "pools[0].sampler_profile_version"),
         ("pools: [{ctx: 128, max_tokens: 129}]", "pools[0].max_tokens"),
@@ -194,6 +197,15 @@ def test_contradiction(text: str, path: str) -> None:
     assert problem.partition(": ")[0] == path
 
 
+def test_a_card_that_is_named_twice() -> None:
+    """The refusal says what makes one card several devices."""
+    (problem,) = _problems("devices: [{id: a, uuid: GPU-1}, {id: b, uuid: GPU-1}, {id: c, uuid: GPU-2}]")
+    assert problem == (
+        "devices: the uuid 'GPU-1' is given more than once; "
+        "give each device of this card its vram_bytes, or name the card once"
+    )
+
+
 @pytest.mark.parametrize(
     "text",
     [
@@ -202,6 +214,7 @@ def test_contradiction(text: str, path: str) -> None:
         "pools: [{devices: [gpu0]}]",  # the driver's names are known later
         "engines: {llamacpp: {launcher: binary, binary: /usr/bin/llama-server, extra_args: [-x]}}",
         "devices: [{id: gpu0, uuid: GPU-1, name: RTX 3090, vram_bytes: 25769803776, backend: cuda}]",
+        ONE_CARD + "pools: [{id: x}, {id: y, devices: [b, a]}]",
         "pools: [{sampler_profile_version: v2}]\nsampler_profiles: {v2: {}}",
     ],
 )

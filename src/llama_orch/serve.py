@@ -26,9 +26,12 @@ from llama_orch.engines.base import Engine
 from llama_orch.engines.private_folder import sweep_private_folders
 from llama_orch.engines.process import worker_environment
 from llama_orch.engines.registry import build_engines
+from llama_orch.models.calibration import Calibration
 from llama_orch.models.digest import Digests
 from llama_orch.observe import logs
-from llama_orch.runtime.plan import Plan, PlanError, make_plan
+from llama_orch.runtime.builder import Builder
+from llama_orch.runtime.library import FileLibrary
+from llama_orch.runtime.plan import Plan, PlanError, plan_with
 from llama_orch.runtime.wiring import wire
 from llama_orch.settings import Home
 
@@ -47,14 +50,21 @@ def run_server(settings: Settings, home: Home, token: str, *, lifeline: bool) ->
     try:
         engines = _engines(settings)
         sources = discover(settings.devices, lambda uuids: _can_use_cuda(settings, uuids))
-        plan = make_plan(settings, engines, sources)
+        digests = Digests(home.path / "digests.json")
+        plan = plan_with(_builder(engines, sources, home, digests), settings)
         listener = _bind(settings)
     except (PlanError, DeviceError, ValueError, OSError) as error:
         for problem in getattr(error, "problems", [str(error)]):
             print(f"error: {problem}", file=sys.stderr)
         return 1
     with listener, asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(_Program(settings, home, token, engines, sources, plan).run(listener, lifeline=lifeline))
+        return runner.run(_Program(settings, token, engines, plan, digests).run(listener, lifeline=lifeline))
+
+
+def _builder(engines: Mapping[str, Engine], sources: Sequence[Source], home: Home, digests: Digests) -> Builder:
+    """Knows what earlier loads really took."""
+    calibration = Calibration(home.path / "calibration.json")
+    return Builder(engines, sources, FileLibrary(), calibration, lambda model: digests.known(model.path))
 
 
 class _Program:
@@ -63,15 +73,20 @@ class _Program:
     def __init__(
         self,
         settings: Settings,
-        home: Home,
         token: str,
         engines: Mapping[str, Engine],
-        sources: Sequence[Source],
         plan: Plan,
+        digests: Digests,
     ) -> None:
-        self._digests = digests = Digests(home.path / "digests.json")
+        self._digests = digests
+        library = plan.builder.library
         self._orchestrator, service = wire(
-            settings, engines, sources, plan, lambda path: asyncio.to_thread(digests.of, path), SystemClock()
+            settings,
+            engines,
+            plan,
+            digest=lambda path: asyncio.to_thread(digests.of, path),
+            clock=SystemClock(),
+            look=lambda reference: asyncio.to_thread(library.look, reference),
         )
         app = build_app(service, token=token, settings=settings)
         self._server = _Server(

@@ -22,6 +22,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 import msgspec
 
 from llama_orch.contract.config import DeviceSettings, LlamacppSettings, PoolSettings, Settings
+from llama_orch.device_checks import are_on_one_card, device_problems
 from llama_orch.strict_yaml import StrictYamlError, parse_yaml
 
 FILE_BYTES_MAX = 1 << 20
@@ -33,7 +34,7 @@ _TOKEN_DISTINCT_MIN = 8
 _TOKEN_BYTES_MAX = 4096
 
 # Sections of the contract that this version does not build: only their defaults are accepted.
-_NOT_BUILT = ("on_demand", "sessions", "catalog", "policy", "tasks.keep_transcripts")
+_NOT_BUILT = ("sessions", "catalog.trust_policy", "policy", "tasks.keep_transcripts")
 
 
 class SettingsError(Exception):
@@ -165,9 +166,7 @@ def check_settings(settings: Settings) -> list[str]:
     """Contradictions between values, and values that this version does not serve; empty when there is none."""
     devices = [] if isinstance(settings.devices, str) else settings.devices
     problems = [*_repeated("devices", "id", [device.id for device in devices])]
-    problems += _repeated("devices", "uuid", [device.uuid for device in devices if device.uuid])
-    for index, device in enumerate(devices):
-        problems += _device_problems(f"devices[{index}]", device)
+    problems += device_problems(devices)
     problems += _llamacpp_problems(settings.engines.llamacpp)
     problems += _repeated("pools", "id", [pool.id for pool in settings.pools])
     for index, pool in enumerate(settings.pools):
@@ -180,15 +179,6 @@ def check_settings(settings: Settings) -> list[str]:
 def _repeated(section: str, key: str, values: list[str]) -> Iterator[str]:
     for value in sorted({value for value in values if values.count(value) > 1}):
         yield f"{section}: the {key} {value!r} is given more than once"
-
-
-def _device_problems(where: str, device: DeviceSettings) -> Iterator[str]:
-    if device.backend == "cuda" and not device.uuid:
-        yield f"{where}.uuid: a cuda device needs the driver's UUID (nvidia-smi -L shows it)"
-    if device.backend != "cuda" and device.uuid is not None:
-        yield f"{where}.uuid: only a cuda device has one; leave it out"
-    if device.backend == "simulated" and device.vram_bytes is None:
-        yield f"{where}.vram_bytes: a simulated device needs its size"
 
 
 def _llamacpp_problems(llamacpp: LlamacppSettings) -> Iterator[str]:
@@ -213,8 +203,6 @@ def _pool_problems(where: str, pool: PoolSettings, settings: Settings) -> Iterat
         yield f"{where}.max_tokens: {pool.max_tokens} is more than the ctx of a slot, {pool.ctx}"
     if pool.slots * pool.ctx > REPLICA_CTX_MAX:
         yield f"{where}: slots x ctx is {pool.slots * pool.ctx} tokens; a replica takes at most {REPLICA_CTX_MAX}"
-    if pool.keep_alive_ms is not None:
-        yield _not_built(f"{where}.keep_alive_ms")
 
 
 def model_problem(reference: str) -> str | None:
@@ -249,6 +237,8 @@ def _pool_device_problems(where: str, pool: PoolSettings, devices: list[DeviceSe
         yield f"{where}.tensor_split: the shares add up to nothing"
     if pool.replicas not in ("auto", 1):
         yield f"{where}.replicas: a replica that is split over the pool's devices is its only one"
+    if are_on_one_card(ids, devices or []):  # a mask that names a card twice leaves the worker without any
+        yield f"{where}.tensor_split: splits over several cards; some of these devices are on the same one"
 
 
 def _not_built_problems(settings: Settings) -> Iterator[str]:

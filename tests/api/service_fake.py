@@ -1,16 +1,19 @@
-"""A service in memory, with behaviour: it admits, lists, cancels and streams, and misbehaves where a name asks for
-it."""
+"""A service in memory, with behaviour: it admits, lists, cancels, streams, drains and reloads, and misbehaves where a
+name asks for it."""
 
 from __future__ import annotations
 
 import asyncio
 import threading
 import uuid
+from dataclasses import dataclass, field
 
 from llama_orch.contract.models import (
     AdmissionResponse,
+    Backend,
     Capabilities,
     Concurrency,
+    Device,
     FullPolicy,
     Pool,
     PoolHealth,
@@ -20,24 +23,32 @@ from llama_orch.contract.models import (
     Queue,
     QueueDepth,
     RateLimits,
+    Replica,
+    ReplicaState,
     TaskList,
     TaskRequest,
     TaskState,
     TaskStatus,
 )
 from llama_orch.contract.operations import API_VERSION
-from llama_orch.errors import AdmissionReject, NotFound, ReplicaExhausted
+from llama_orch.errors import AdmissionReject, Conflict, InvalidParams, NotFound, PoolUnavailable, ReplicaExhausted
 
 SECRET = "hunter2-in-an-exception"
 
 # What a model_ref or an ID makes the service do.
 FULL_QUEUE = "builtin:full-queue"
 CRASHING_MODEL = "builtin:crashing"
+SLOW_MODEL = "builtin:slow"  # its load goes on until `loaded`
+ABSENT_MODEL = "builtin:absent"
+UNWANTED_MODEL = "builtin:unwanted"  # not now
 ENDING_TASK = "00000000-0000-4000-8000-00000000e4d0"
 ENDLESS_TASK = "00000000-0000-4000-8000-0000000000aa"
 BREAKING_TASK = "00000000-0000-4000-8000-0000000000bb"
 CROWDED_TASK = "00000000-0000-4000-8000-0000000000cc"
 MISSHAPEN_POOL = "misshapen"
+SPARE_POOL = "spare"  # no task goes there: to be drained and reloaded
+
+GIB = 2**30
 
 FRAMES = [b'id: %d\nevent: token\ndata: {"t":"a","i":%d}\n\n' % (i, i) for i in range(3)]
 
@@ -63,8 +74,33 @@ class FakeReader:
         self.closed.set()
 
 
+@dataclass
+class FakePool:
+    """One replica; a drain is over at once where its deadline is 0."""
+
+    model: str = "builtin:tiny"
+    loads: str | None = None  # the model that a reload waits for
+    last_reload: str | None = None
+    deadlines_ms: list[int] = field(default_factory=list)  # of the drains since the last reload
+
+    @property
+    def state(self) -> ReplicaState:
+        return ReplicaState.UNLOADED if self.deadlines_ms[-1:] == [0] else ReplicaState.READY
+
+    def begin_reload(self, model: str) -> None:
+        if self.loads is not None:
+            raise Conflict(f"the pool loads {self.loads}; wait until its health says how that ended")
+        self.loads, self.last_reload = model, f"loading {model} beside {self.model}"
+
+    def loaded(self) -> None:
+        assert self.loads is not None
+        self.last_reload = f"done: {self.loads} instead of {self.model}"
+        self.model, self.loads, self.deadlines_ms = self.loads, None, []
+
+
 class FakeService:
     def __init__(self) -> None:
+        self.pools = {name: FakePool() for name in ("default", SPARE_POOL, MISSHAPEN_POOL)}
         self.requests: dict[str, TaskRequest] = {}
         self.readers: dict[str, FakeReader] = {}
         self.canceled: list[str] = []
@@ -108,13 +144,12 @@ class FakeService:
         return PoolList(items=[self.get_pool("default")][:limit], next_cursor=None)
 
     def get_pool(self, pool_id: str) -> Pool:
-        if pool_id not in ("default", MISSHAPEN_POOL):
-            raise NotFound("no such pool")
+        pool = self._pool(pool_id)
         return Pool(
             id=pool_id,
             engine="llamacpp",
             engine_version="1",
-            model="builtin:tiny",
+            model=pool.model,
             model_digest=None,
             ctx=0 if pool_id == MISSHAPEN_POOL else 2048,
             slots=4,
@@ -123,27 +158,72 @@ class FakeService:
             sampler_profile_version="v1",
             queue=Queue(capacity=64, full_policy=FullPolicy.REJECT),
             queue_depth=QueueDepth(interactive=0, batch=0),
-            ready=True,
+            ready=pool.state is ReplicaState.READY,
+            on_demand=False,
+            keep_alive_ms=300_000 if pool_id == SPARE_POOL else None,
         )
 
+    def _pool(self, pool_id: str) -> FakePool:
+        if pool_id not in self.pools:
+            raise NotFound("no such pool")
+        return self.pools[pool_id]
+
     def get_pool_health(self, pool_id: str) -> PoolHealth:
-        self.get_pool(pool_id)
+        pool = self._pool(pool_id)
+        is_ready = pool.state is ReplicaState.READY
+        replica = Replica(
+            id=f"{pool_id}-0",
+            devices=["gpu0"],
+            state=pool.state,
+            slots_busy=0,
+            slots_total=4,
+            restarts=0,
+            last_error=None,
+            vram_reserved_bytes=GIB if is_ready else 0,
+        )
         return PoolHealth(
             live=True,
-            ready=True,
-            draining=False,
+            ready=is_ready,
+            draining=bool(pool.deadlines_ms),
             last_error=None,
-            last_reload=None,
-            replicas=[],
+            last_reload=pool.last_reload,
+            replicas=[replica],
             metrics=PoolMetrics(queue_depth=0, tokens_in=0, tokens_out=0, tokens_per_second=None),
         )
+
+    async def drain_pool(self, pool_id: str, deadline_ms: int) -> PoolHealth:
+        self._pool(pool_id).deadlines_ms.append(deadline_ms)
+        return self.get_pool_health(pool_id)
+
+    async def reload_pool(self, pool_id: str, new_model_ref: str) -> PoolHealth:
+        pool = self._pool(pool_id)
+        if new_model_ref == ABSENT_MODEL:
+            raise InvalidParams(f"there is no {ABSENT_MODEL}")
+        if new_model_ref == UNWANTED_MODEL:
+            raise PoolUnavailable("the service is ending", engine="llamacpp", retry_after_ms=1200)
+        if new_model_ref == CRASHING_MODEL:
+            raise RuntimeError(SECRET)
+        pool.begin_reload(new_model_ref)
+        if new_model_ref != SLOW_MODEL:
+            pool.loaded()
+        return self.get_pool_health(pool_id)
 
     def capabilities(self) -> Capabilities:
         return Capabilities(
             api_version=API_VERSION,
             engines=[],
             pools=[],
-            devices=[],
+            devices=[
+                Device(
+                    id="gpu0",
+                    name="a card",
+                    backend=Backend.SIMULATED,
+                    vram_total_bytes=24 * GIB,
+                    vram_free_bytes=0,
+                    vram_reserved_bytes=GIB * len(self.pools),
+                    problem="lost: the driver does not answer for it",
+                )
+            ],
             concurrency=Concurrency(recommended=1, slots=4),
             queue=Queue(capacity=64, full_policy=FullPolicy.REJECT),
             rate_limits=RateLimits(requests_per_second=None, streams=1024, body_bytes=65536),

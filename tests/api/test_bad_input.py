@@ -16,19 +16,28 @@ from llama_orch.api import protocol
 from llama_orch.api.auth import identity
 from llama_orch.api.validation import read_body
 from llama_orch.contract.codes import CODES
-from llama_orch.contract.models import Error
+from llama_orch.contract.models import DrainRequest, Error, ReloadRequest, TaskRequest
+from llama_orch.contract.operations import Operation
 from llama_orch.errors import InvalidParams
 from llama_orch.testing.loop import run
 
 from .harness import BEARER, MAX_BODY_BYTES, Answer, HeaderList, Server
-from .service_fake import CRASHING_MODEL, ENDING_TASK, FULL_QUEUE, MISSHAPEN_POOL, SECRET
+from .service_fake import ABSENT_MODEL, CRASHING_MODEL, ENDING_TASK, FULL_QUEUE, MISSHAPEN_POOL, SECRET, SPARE_POOL
 
 TASK = {"model_ref": "builtin:tiny", "prompt": "Once"}
+DRAIN = {"deadline_ms": 30_000}
+RELOAD = {"new_model_ref": "builtin:tiny"}
+GOOD_BODIES = {TaskRequest: TASK, DrainRequest: DRAIN, ReloadRequest: RELOAD}
 CID = "test-of-bad-input"
 
 
 def body_of(**changes: Any) -> bytes:
     return json.dumps({**TASK, **changes}).encode()
+
+
+def body_for(operation: Operation) -> bytes | None:
+    """One that the operation takes."""
+    return json.dumps(GOOD_BODIES[operation.body]).encode() if operation.body else None
 
 
 def chunked(*parts: bytes) -> bytes:
@@ -51,6 +60,17 @@ class Case(NamedTuple):
 CHUNKED = (("Content-Length", b""), ("Transfer-Encoding", b"chunked"))
 BIG = b" " * MAX_BODY_BYTES
 GET = ("GET", "/v1/capabilities")
+DRAINING = ("POST", f"/v1/pools/{SPARE_POOL}/drain")
+RELOADING = ("POST", f"/v1/pools/{SPARE_POOL}/reload")
+
+
+def drain_of(deadline_ms: Any) -> bytes:
+    return json.dumps({"deadline_ms": deadline_ms}).encode()
+
+
+def reload_of(new_model_ref: Any) -> bytes:
+    return json.dumps({"new_model_ref": new_model_ref}).encode()
+
 
 CASES = [
     Case("no token", 401, "UNAUTHORIZED", headers=(("Authorization", b""),), body=body_of(), says="Bearer"),
@@ -135,6 +155,72 @@ CASES = [
 ]
 
 
+def cases_of(kind: str, act: tuple[str, str], good: dict[str, Any]) -> list[Case]:
+    """What can be wrong with either act on a pool; `good` is a body that it takes."""
+    (field,), body = good, json.dumps(good).encode()
+    return [
+        Case(f"{kind} without token", 401, "UNAUTHORIZED", *act, headers=(("Authorization", b""),), body=body),
+        Case(f"{kind} by GET", 405, "METHOD_NOT_ALLOWED", "GET", act[1]),
+        Case(f"{kind} as a form", 415, "UNSUPPORTED_MEDIA_TYPE", *act, (("Content-Type", b"text/plain"),), body),
+        Case(f"{kind} without content type", 202, None, *act, headers=(("Content-Type", b""),), body=body),
+        Case(f"{kind} in chunks", 202, None, *act, headers=CHUNKED, body=chunked(body[:5], body[5:])),
+        Case(f"{kind} of no pool", 404, "NOT_FOUND", "POST", act[1].replace(SPARE_POOL, "nowhere"), body=body),
+        Case(f"{kind} of a long name", 400, "INVALID_PARAMS", "POST", act[1].replace(SPARE_POOL, "x" * 65), body=body),
+        Case(f"{kind} with a query", 400, "INVALID_PARAMS", act[0], act[1] + "?force=1", body=body, says="none"),
+        Case(f"{kind} no body", 400, "INVALID_PARAMS", *act, body=b"", says="JSON object"),
+        Case(f"{kind} not JSON", 400, "INVALID_PARAMS", *act, body=body[:-1], says="body: "),
+        Case(f"{kind} two values", 400, "INVALID_PARAMS", *act, body=body + body, says="body: "),
+        Case(f"{kind} null", 400, "INVALID_PARAMS", *act, body=b"null", says="Expected `object`"),
+        Case(f"{kind} in a list", 400, "INVALID_PARAMS", *act, body=b"[" + body + b"]", says="Expected `object`"),
+        Case(f"{kind} nested", 400, "INVALID_PARAMS", *act, body=b'{"%b":' % field.encode() + b"[" * 30000),
+        Case(f"{kind} without its field", 400, "INVALID_PARAMS", *act, body=b"{}", says=f"`{field}`"),
+        Case(f"{kind} null field", 400, "INVALID_PARAMS", *act, body=b'{"%b":null}' % field.encode(), says=field),
+        Case(
+            f"{kind} unknown field",
+            400,
+            "INVALID_PARAMS",
+            *act,
+            body=json.dumps({**good, field[:-1]: 1}).encode(),
+            says=f"did you mean `{field}`?",
+        ),
+        Case(f"{kind} too long", 413, "PAYLOAD_TOO_LARGE", *act, body=body + BIG, says="max_body_bytes"),
+        Case(f"{kind} chunks too long", 413, "PAYLOAD_TOO_LARGE", *act, headers=CHUNKED, body=chunked(body, BIG)),
+    ]
+
+
+WEEK_MS = 7 * 24 * 3600 * 1000
+ACTS_ON_POOLS = [
+    *cases_of("drain", DRAINING, DRAIN),
+    *cases_of("reload", RELOADING, RELOAD),
+    Case("deadline of 0", 202, None, *DRAINING, body=drain_of(0)),
+    Case("deadline of a week", 202, None, *DRAINING, body=drain_of(WEEK_MS)),
+    Case("deadline beyond a week", 400, "INVALID_PARAMS", *DRAINING, body=drain_of(WEEK_MS + 1), says="`int` <= 6048"),
+    Case("deadline of -1", 400, "INVALID_PARAMS", *DRAINING, body=drain_of(-1), says="`int` >= 0 - at `$.deadline_ms`"),
+    Case("deadline of 2^63", 400, "INVALID_PARAMS", *DRAINING, body=drain_of(2**63), says="`$.deadline_ms`"),
+    Case("deadline of -2^64", 400, "INVALID_PARAMS", *DRAINING, body=drain_of(-(2**64)), says="`$.deadline_ms`"),
+    Case("deadline of 4000 digits", 400, "INVALID_PARAMS", *DRAINING, body=drain_of(10**4000)),
+    Case("deadline of 1e400", 400, "INVALID_PARAMS", *DRAINING, body=b'{"deadline_ms":1e400}'),
+    Case("deadline as a string", 400, "INVALID_PARAMS", *DRAINING, body=drain_of("5"), says="got `str`"),
+    Case("deadline as a float", 400, "INVALID_PARAMS", *DRAINING, body=drain_of(0.5), says="`$.deadline_ms`"),
+    Case("deadline true", 400, "INVALID_PARAMS", *DRAINING, body=drain_of(True), says="got `bool`"),
+    Case("deadline in a list", 400, "INVALID_PARAMS", *DRAINING, body=drain_of([5]), says="got `array`"),
+    Case("deadline NaN", 400, "INVALID_PARAMS", *DRAINING, body=b'{"deadline_ms":NaN}'),
+    Case("empty reference", 400, "INVALID_PARAMS", *RELOADING, body=reload_of(""), says="`$.new_model_ref`"),
+    Case("longest reference", 202, None, *RELOADING, body=reload_of("x" * 1024)),
+    Case("reference too long", 400, "INVALID_PARAMS", *RELOADING, body=reload_of("x" * 1025), says="length <= 1024"),
+    Case("longest in letters", 202, None, *RELOADING, body=reload_of("🦙" * 1024)),
+    Case("reference of 60 kB", 400, "INVALID_PARAMS", *RELOADING, body=reload_of("x" * 60_000), says="length"),
+    Case("reference as a number", 400, "INVALID_PARAMS", *RELOADING, body=reload_of(5), says="Expected `str`"),
+    Case("reference true", 400, "INVALID_PARAMS", *RELOADING, body=reload_of(True), says="Expected `str`"),
+    Case("reference as an object", 400, "INVALID_PARAMS", *RELOADING, body=reload_of({"a": 1}), says="Expected `str`"),
+    Case("reference in a list", 400, "INVALID_PARAMS", *RELOADING, body=reload_of(["x"]), says="Expected `str`"),
+    Case("reference in Latin-1", 400, "INVALID_PARAMS", *RELOADING, body=b'{"new_model_ref":"\xff"}', says="UTF-8"),
+    Case("half a surrogate pair", 400, "INVALID_PARAMS", *RELOADING, body=reload_of("\ud800")),
+    Case("reference that leads nowhere", 400, "INVALID_PARAMS", *RELOADING, body=reload_of(ABSENT_MODEL)),
+    Case("reload raises", 500, "INTERNAL", *RELOADING, body=reload_of(CRASHING_MODEL), says="correlation ID"),
+]
+
+
 def assert_envelope(answer: Answer, code: str, correlation_id: str | None = None) -> Error:
     """The body is the contract's error, whole and alone, and agrees with the headers."""
     error = msgspec.json.decode(answer.body, type=Error)
@@ -148,7 +234,7 @@ def assert_envelope(answer: Answer, code: str, correlation_id: str | None = None
 
 
 @pytest.mark.spec("HP-SEC-2", "HP-ERR-1", "HP-ERR-4")
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name.replace(" ", "-"))
+@pytest.mark.parametrize("case", CASES + ACTS_ON_POOLS, ids=lambda case: case.name.replace(" ", "-"))
 def test_bad_input_gets_its_status_the_envelope_and_the_correlation_id(server: Server, case: Case) -> None:
     """Whatever comes in, the answer has the right status, our envelope and the client's correlation ID."""
     headers: HeaderList = [("X-Correlation-Id", CID.encode()), *case.headers]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import uuid
 from collections.abc import MutableMapping
@@ -14,16 +15,16 @@ from llama_orch.contract.models import TaskState
 from llama_orch.contract.operations import ALLOW, OPERATIONS, Operation
 from llama_orch.testing.loop import run
 
-from .harness import OPEN_METRICS, SETTINGS, Server, serving
-from .service_fake import ENDING_TASK, FakeService
-from .test_bad_input import assert_envelope, body_of
+from .harness import OPEN_METRICS, SETTINGS, Answer, Server, serving
+from .service_fake import ENDING_TASK, SLOW_MODEL, SPARE_POOL, UNWANTED_MODEL, FakeService
+from .test_bad_input import assert_envelope, body_for
 
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE")
 OPEN_PATHS = {operation.path for operation in OPERATIONS.values() if operation.is_open}
 
 
 def a_target(path: str) -> str:
-    return path.replace("{id}", ENDING_TASK if path.startswith("/v1/tasks") else "default")
+    return path.replace("{id}", ENDING_TASK if path.startswith("/v1/tasks") else SPARE_POOL)
 
 
 @pytest.mark.spec("HP-SEC-3")
@@ -70,8 +71,7 @@ def test_metrics_are_prometheus_text(checking_server: Server) -> None:
 @pytest.mark.parametrize("op", OPERATIONS.values(), ids=OPERATIONS)
 def test_every_operation_succeeds_as_the_contract_says(checking_server: Server, op: Operation) -> None:
     """Each operation reaches its handler and answers with its success status and a valid body."""
-    body = body_of() if op.body else None
-    answer = checking_server.call(op.method, a_target(op.path), body=body)
+    answer = checking_server.call(op.method, a_target(op.path), body=body_for(op))
     assert answer.http_status == min(op.statuses)
     assert answer.correlation_id
 
@@ -131,6 +131,48 @@ def test_a_refusal_of_the_service_is_passed_on(server: Server) -> None:
     answer = server.call("GET", f"/v1/tasks/{uuid.uuid4()}")
     assert answer.http_status == 404
     assert assert_envelope(answer, "NOT_FOUND").message == "no such task"
+
+
+def change(server: Server, act: str, pool: str = SPARE_POOL, **body: Any) -> Answer:
+    return server.call("POST", f"/v1/pools/{pool}/{act}", body=json.dumps(body).encode())
+
+
+@pytest.mark.spec("HP-CTL-2")
+def test_a_drain_is_accepted_with_the_pools_health() -> None:
+    """202, every time: a second drain only brings another deadline. Zero is one too."""
+    with serving(validate_responses=True) as server:
+        for deadline_ms, state in ((30_000, "ready"), (0, "unloaded")):
+            answer = change(server, "drain", deadline_ms=deadline_ms)
+            assert answer.http_status == 202
+            assert (answer.json["draining"], answer.json["replicas"][0]["state"]) == (True, state)
+            assert answer.json == server.call("GET", f"/v1/pools/{SPARE_POOL}/health").json
+        assert server.service.pools[SPARE_POOL].deadlines_ms == [30_000, 0]
+        assert server.service.pools["default"].deadlines_ms == []
+
+
+@pytest.mark.spec("HP-CTL-2")
+def test_a_reload_is_accepted_while_it_runs_alone() -> None:
+    """202 with the health, also after a drain; 409 until the reload that runs has ended."""
+    with serving(validate_responses=True) as server:
+        change(server, "drain", deadline_ms=0)
+        begun = change(server, "reload", new_model_ref=SLOW_MODEL)
+        assert (begun.http_status, begun.json["last_reload"]) == (202, "loading builtin:slow beside builtin:tiny")
+        refused = change(server, "reload", new_model_ref="builtin:next")
+        assert refused.http_status == 409
+        assert SLOW_MODEL in assert_envelope(refused, "CONFLICT").message
+        server.service.pools[SPARE_POOL].loaded()
+        ended = change(server, "reload", new_model_ref="builtin:next")
+        assert (ended.http_status, ended.json["last_reload"]) == (202, "done: builtin:next instead of builtin:slow")
+        assert (ended.json["ready"], ended.json["draining"]) == (True, False)
+
+
+@pytest.mark.spec("HP-CTL-2", "HP-ERR-2")
+def test_a_reload_that_can_come_later_says_when(checking_server: Server) -> None:
+    """503 names the wait, as everywhere."""
+    answer = change(checking_server, "reload", new_model_ref=UNWANTED_MODEL)
+    assert answer.http_status == 503
+    assert_envelope(answer, "POOL_UNAVAILABLE")
+    assert (answer.headers["Retry-After"], answer.headers["X-Backoff-Ms"]) == ("2", "1200")
 
 
 @pytest.mark.spec("HP-SEC-8")

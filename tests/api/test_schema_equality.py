@@ -5,19 +5,24 @@ from __future__ import annotations
 import copy
 import json
 import uuid
-from typing import Any
+from typing import Any, NamedTuple
 
 import jsonschema_rs
 import msgspec
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from llama_orch.api.documents import document_bytes
-from llama_orch.contract.models import TaskRequest
+from llama_orch.contract.models import DrainRequest, ReloadRequest, TaskRequest
 
 RANGES = {"int32": (-(2**31), 2**31 - 1), "int64": (-(2**63), 2**63 - 1)}
 UUID = "3f2b8c1e-9d5a-4c57-8a43-0c7d5b1f2e90"
-SCHEMAS = json.loads(document_bytes("data.json"))["components"]["schemas"]
+SCHEMAS = {
+    name: schema
+    for document in ("data.json", "control.json")
+    for name, schema in json.loads(document_bytes(document))["components"]["schemas"].items()
+}
 FIELDS = sorted({name for schema in SCHEMAS.values() for name in schema.get("properties", {})})
 
 
@@ -49,13 +54,31 @@ def is_uuid(text: str) -> bool:
         return False
 
 
-VALIDATOR = jsonschema_rs.Draft4Validator(
-    {"$ref": "#/components/schemas/TaskRequest", "components": {"schemas": as_json_schema(SCHEMAS)}},
-    validate_formats=True,
-    formats={"uuid": is_uuid},  # draft 4 does not know it
-)
+def validator(name: str) -> jsonschema_rs.Draft4Validator:
+    return jsonschema_rs.Draft4Validator(
+        {"$ref": f"#/components/schemas/{name}", "components": {"schemas": as_json_schema(SCHEMAS)}},
+        validate_formats=True,
+        formats={"uuid": is_uuid},  # draft 4 does not know it
+    )
 
-FULL = {
+
+class Body(NamedTuple):
+    """A type of bodies: one with every field, the fields that it cannot do without, and how often it is mutated."""
+
+    type: Any
+    full: dict[str, Any]
+    required: tuple[str, ...]
+    examples: int
+
+    def is_accepted(self, body: Any) -> bool:
+        try:
+            msgspec.json.decode(json.dumps(body).encode(), type=self.type)
+        except msgspec.ValidationError:
+            return False
+        return True
+
+
+TASK = {
     "task_id": UUID,
     "session_id": None,
     "workload": "completion",
@@ -76,17 +99,28 @@ FULL = {
     "kv_hint": "reuse",
     "keep_transcript": False,
 }
+BODIES = [
+    Body(TaskRequest, TASK, ("model_ref",), examples=1000),
+    Body(DrainRequest, {"deadline_ms": 30000}, ("deadline_ms",), examples=200),
+    Body(ReloadRequest, {"new_model_ref": "builtin:tiny"}, ("new_model_ref",), examples=200),
+]
+WRONG = {
+    TaskRequest: [{"seed": 2**63}, {"task_id": "x"}, {"x": 1}, {"sampling": None}, {"kv_hint": "x"}],
+    DrainRequest: [{"deadline_ms": -1}, {"deadline_ms": 604800001}, {"deadline_ms": None}, {"deadline": 1}],
+    ReloadRequest: [{"new_model_ref": ""}, {"new_model_ref": "x" * 1025}, {"new_model_ref": 1}, {"model_ref": "x"}],
+}
 
 LEAVES = st.one_of(
     st.none(),
     st.booleans(),
     st.integers(-(2**64), 2**64),
-    st.sampled_from([0, 1, -1, 2**31 - 1, 2**31, 2**53 + 1, 2**63 - 1, 2**63, 31536000000, 31536000001]),
+    st.sampled_from(
+        [0, 1, -1, 2**31 - 1, 2**31, 2**53 + 1, 2**63 - 1, 2**63, 604800000, 604800001, 31536000000, 31536000001]
+    ),
     st.floats(allow_nan=False, allow_infinity=False, width=32),
     st.text(max_size=5),
-    st.sampled_from(
-        [UUID, UUID.upper(), UUID + "\n", UUID.replace("-", ""), "interactive", "reuse", "x" * 65, "x" * 257, ""]
-    ),
+    st.sampled_from([UUID, UUID.upper(), UUID + "\n", UUID.replace("-", ""), "interactive", "reuse"]),
+    st.sampled_from([0, 65, 257, 1024, 1025]).map("x".__mul__),
 )
 VALUES = st.recursive(
     LEAVES,
@@ -122,9 +156,9 @@ def mutate(body: Any, place: tuple[Any, ...], action: str, key: str, value: Any)
 
 
 @st.composite
-def bodies(draw: st.DrawFn) -> Any:
-    chosen = draw(st.sets(st.sampled_from(sorted(FULL))))
-    body: Any = copy.deepcopy({name: FULL[name] for name in (*chosen, "model_ref")})
+def bodies(draw: st.DrawFn, kind: Body) -> Any:
+    chosen = draw(st.sets(st.sampled_from(sorted(kind.full))))
+    body: Any = copy.deepcopy({name: kind.full[name] for name in (*chosen, *kind.required)})
     for _ in range(draw(st.integers(0, 2))):
         place, action = draw(st.sampled_from(places(body))), draw(st.sampled_from(["replace", "remove", "add"]))
         key = draw(st.one_of(st.sampled_from(FIELDS), st.text(max_size=3)))
@@ -132,25 +166,25 @@ def bodies(draw: st.DrawFn) -> Any:
     return body
 
 
-def is_accepted(body: Any) -> bool:
-    try:
-        msgspec.json.decode(json.dumps(body).encode(), type=TaskRequest)
-    except msgspec.ValidationError:
-        return False
-    return True
+@pytest.mark.parametrize("kind", BODIES, ids=lambda kind: kind.type.__name__)
+def test_the_type_accepts_what_the_schema_accepts(kind: Body) -> None:
+    """For hundreds of mutated bodies the generated type and the published schema agree."""
+    judge = validator(kind.type.__name__)
+
+    @settings(max_examples=kind.examples, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    @given(bodies(kind))
+    def they_agree(body: Any) -> None:
+        assert kind.is_accepted(body) == judge.is_valid(body)
+
+    they_agree()
 
 
-@settings(max_examples=1000, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-@given(bodies())
-def test_the_type_accepts_what_the_schema_accepts(body: Any) -> None:
-    """For 1,000 mutated bodies the generated type and the published schema agree."""
-    assert is_accepted(body) == VALIDATOR.is_valid(body)
-
-
-def test_the_comparison_can_fail() -> None:
+@pytest.mark.parametrize("kind", BODIES, ids=lambda kind: kind.type.__name__)
+def test_the_comparison_can_fail(kind: Body) -> None:
     """The body that all mutations start from is valid for both, and one wrong value is not."""
-    assert is_accepted(FULL)
-    assert VALIDATOR.is_valid(FULL)
-    for wrong in ({"seed": 2**63}, {"task_id": "x"}, {"x": 1}, {"sampling": None}, {"kv_hint": "x"}):
-        assert not is_accepted({**FULL, **wrong})
-        assert not VALIDATOR.is_valid({**FULL, **wrong})
+    judge = validator(kind.type.__name__)
+    assert kind.is_accepted(kind.full)
+    assert judge.is_valid(kind.full)
+    for wrong in WRONG[kind.type]:
+        assert not kind.is_accepted({**kind.full, **wrong})
+        assert not judge.is_valid({**kind.full, **wrong})

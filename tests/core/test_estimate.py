@@ -10,10 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llama_orch.contract.models import Determinism, Priority
-from llama_orch.core.estimate import Average, Lane, Speeds, forecast, on_time_probability
+from llama_orch.core.estimate import Average, Lane, Lengths, Speeds, forecast, on_time_probability
 from llama_orch.core.prediction import ADVICE_MAX_MS, ADVICE_MIN_MS
 from llama_orch.core.scheduler import Scheduler
-from llama_orch.testing.builders import a_host, a_scheduler, an_outcome, submit
+from llama_orch.core.task import Task
+from llama_orch.testing.builders import DIGEST, a_host, a_scheduler, an_outcome, submit
 
 PROPERTY = settings(max_examples=200, derandomize=True, deadline=None, database=None)
 SHARED = Determinism.BEST_EFFORT
@@ -31,6 +32,10 @@ def measured(scheduler: Scheduler, *, tokens: int = 20) -> Scheduler:
 def start_in_s(scheduler: Scheduler, task_id: str, now: float) -> float | None:
     pool = scheduler.pools["default"]
     return scheduler.predictor.outlooks(pool, scheduler.tasks, now)[task_id].start_in_s
+
+
+def chance(scheduler: Scheduler, task: Task, start_in_s: float | None, now: float) -> float | None:
+    return scheduler.predictor.on_time(task.pool, task, start_in_s, now)
 
 
 # -- averages and speeds -----------------------------------------------------------------------------------------------
@@ -61,40 +66,58 @@ def test_an_average_stays_among_its_samples(values: list[float]) -> None:
 def test_an_average_follows_a_change() -> None:
     """After many samples of a new value hardly anything is left of the old one."""
     average = Average()
-    for value in [10.0] * 20 + [1.0] * 20:
+    for value in [10.0] * 100 + [1.0] * 150:
         average.add(value)
     assert average.mean == pytest.approx(1.0, abs=0.2)
 
 
 @pytest.mark.spec("HP-PLC-3")
-def test_service_time_is_overhead_and_tokens() -> None:
-    """The client's guess replaces the usual length, and `max_tokens` bounds either."""
-    speeds = Speeds.unknown()
+def test_service_time_is_overhead_prompt_and_tokens() -> None:
+    """Each part is measured by itself and adds up for tasks of other lengths."""
+    speeds = Speeds()
+    assert not speeds.is_known
     for _ in range(2):
-        speeds.learn(service_s=1.5, decode_s=1.0, tokens_out=20)
-    assert speeds.service_s(256, None) == pytest.approx(0.5 + 20 * 0.05)
-    assert speeds.service_s(256, 100) == pytest.approx(0.5 + 100 * 0.05)
-    assert speeds.service_s(10, 100) == pytest.approx(0.5 + 10 * 0.05)
-    assert speeds.service_s(10, None) == pytest.approx(0.5 + 10 * 0.05)
-    assert speeds.service_deviation_s(256, None) == pytest.approx(0.0)
+        speeds.learn(service_s=1.5, decode_s=1.0, tokens_out=20, prefill_s=0.4, tokens_read=100)
+    assert speeds.is_known
+    assert speeds.service_s(1000, 100) == pytest.approx(0.1 + 1000 * 0.004 + 100 * 0.05)
+    assert speeds.deviation_s(100, 0.0) == pytest.approx(0.0)
+
+
+@pytest.mark.spec("HP-PLC-3")
+def test_the_expected_length_is_the_clients_word_or_experience() -> None:
+    """The client's guess replaces the usual length, and `max_tokens` bounds either, and each of the usual ones."""
+    lengths = Lengths()
+    for tokens in (10, 30):
+        lengths.add(tokens)
+    assert [lengths.expected(256, None), lengths.expected(20, None), lengths.expected(5, None)] == [20, 15, 5]
+    assert [lengths.expected(256, 100), lengths.expected(10, 100)] == [100, 10]
+
+
+@pytest.mark.spec("HP-PLC-3")
+def test_what_is_left_is_what_longer_answers_had_more() -> None:
+    """Those that ended earlier say nothing any more; beyond all experience a tenth more is expected."""
+    lengths = Lengths()
+    for tokens in (10, 30, 50):
+        lengths.add(tokens)
+    assert [lengths.left(n, 256, None) for n in (5, 20, 40, 60)] == [25, 20, 10, 6]
+    assert [lengths.left(40, 100, 80), lengths.left(80, 100, 80), lengths.left(99, 100, 80)] == [40, 8, 1]
 
 
 def test_a_known_length_leaves_less_doubt() -> None:
     """The spread of lengths counts only where the client has not said how long its answer is."""
-    speeds = Speeds.unknown()
+    speeds = Speeds()
     for tokens in (10, 50):
         speeds.learn(service_s=tokens * 0.1, decode_s=tokens * 0.1, tokens_out=tokens)
-    assert speeds.service_deviation_s(256, None) == pytest.approx(20 * 0.1)
-    assert speeds.service_deviation_s(256, 30) == pytest.approx(0.0, abs=1e-9)
+    assert speeds.deviation_s(30, 400.0) == pytest.approx(20 * 0.1)
+    assert speeds.deviation_s(30, 0.0) == pytest.approx(0.0, abs=1e-9)
 
 
 def test_a_task_without_a_token_says_nothing_of_the_speed() -> None:
-    """It counts for lengths and overheads, and divides nothing by zero."""
-    speeds = Speeds.unknown()
-    speeds.learn(service_s=0.3, decode_s=0.0, tokens_out=0)
+    """It counts for overheads, and divides nothing by zero."""
+    speeds = Speeds()
     speeds.learn(service_s=0.3, decode_s=0.0, tokens_out=0)
     assert speeds.is_known
-    assert speeds.service_s(256, None) == pytest.approx(0.3)
+    assert speeds.service_s(0, 0) == pytest.approx(0.3)
     assert speeds.token_s.samples == 0
 
 
@@ -123,8 +146,8 @@ def played_forward(lanes: list[list[int]], waiting: list[tuple[bool, int]]) -> l
 
 
 def forecast_of(lanes: list[list[int]], waiting: list[tuple[bool, int]]) -> list[float]:
-    tasks = [(str(n), exclusive, float(service)) for n, (exclusive, service) in enumerate(waiting)]
-    starts = forecast([Lane([float(free) for free in lane]) for lane in lanes], tasks)
+    tasks = [(str(n), exclusive, [float(service)] * len(lanes)) for n, (exclusive, service) in enumerate(waiting)]
+    starts = forecast([Lane([float(free) for free in lane], n) for n, lane in enumerate(lanes)], tasks)
     return [starts[task_id] for task_id, _, _ in tasks]
 
 
@@ -149,10 +172,10 @@ def test_the_forecast_lets_nobody_overtake(lanes: list[list[int]], waiting: list
 @pytest.mark.spec("HP-DET-1")
 def test_an_exclusive_task_waits_for_every_slot_and_holds_up_who_follows() -> None:
     """Two slots, free at 1 and 4: the exclusive task starts at 4, and the next one only after it."""
-    waiting = [("strict", True, 2.0), ("shared", False, 1.0)]
+    waiting = [("strict", True, [2.0, 2.0]), ("shared", False, [1.0, 1.0])]
     assert forecast([Lane([1.0, 4.0])], waiting) == {"strict": 4.0, "shared": 6.0}
     assert forecast([Lane([1.0, 4.0])], waiting[::-1]) == {"shared": 1.0, "strict": 4.0}
-    assert forecast([Lane([1.0, 4.0]), Lane([3.0])], waiting) == {"strict": 3.0, "shared": 3.0}
+    assert forecast([Lane([1.0, 4.0]), Lane([3.0], 1)], waiting) == {"strict": 3.0, "shared": 3.0}
 
 
 # -- chances -----------------------------------------------------------------------------------------------------------
@@ -196,12 +219,24 @@ def test_nothing_is_predicted_before_two_tasks_were_measured() -> None:
 
 
 @pytest.mark.spec("HP-ADM-5")
-def test_nothing_is_predicted_while_no_replica_is_ready() -> None:
-    """How long a load takes is unknown, and a guess would be invented."""
-    scheduler = measured(a_scheduler())
-    scheduler.replica_lost("default-0", "gone", 3.0)
+def test_a_load_that_was_never_measured_is_not_predicted() -> None:
+    """How long it takes is unknown, and a guess would be invented."""
+    scheduler = a_scheduler(is_ready=False)
     submit(scheduler, "a", now=3.0)
     assert start_in_s(scheduler, "a", 3.0) is None
+
+
+@pytest.mark.spec("HP-ADM-5", "HP-PLC-3")
+def test_a_load_that_was_measured_is_part_of_the_wait() -> None:
+    """After a loss: the backoff, then the load as it took before, less what of it has passed."""
+    scheduler = a_scheduler(is_ready=False)
+    scheduler.replica_ready("default-0", slots=4, model_digest=DIGEST, now=8.0)
+    measured(scheduler)
+    scheduler.replica_lost("default-0", "gone", 10.0)
+    submit(scheduler, "a", now=10.0)
+    assert start_in_s(scheduler, "a", 10.0) == pytest.approx(0.5 + 8.0)
+    scheduler.tick(10.5)
+    assert [start_in_s(scheduler, "a", now) for now in (12.5, 18.0, 30.0)] == pytest.approx([6.0, 0.8, 0.8])
 
 
 @pytest.mark.spec("HP-ADM-5", "HP-PLC-3")
@@ -249,16 +284,16 @@ def test_the_chance_of_a_deadline_falls_as_time_runs_out() -> None:
     """None without a deadline or without samples; else from 1 towards 0 while the queue does not move."""
     scheduler = a_scheduler()
     early = submit(scheduler, "early", deadline_ms=60_000).task
-    assert scheduler.predictor.on_time(early, None, 0.0) is None
+    assert chance(scheduler, early, None, 0.0) is None
     scheduler.cancel("early", 0.0)
     scheduler.released("early", 0.0)
     measured(scheduler)
     free = submit(scheduler, "free", now=3.0).task
-    assert scheduler.predictor.on_time(free, None, 3.0) is None
+    assert chance(scheduler, free, None, 3.0) is None
     tight = submit(scheduler, "tight", now=3.0, deadline_ms=4000).task
-    assert scheduler.predictor.on_time(tight, None, 3.0) is None  # its start is not known
-    assert scheduler.predictor.on_time(tight, 1.5, 3.0) == 1.0
-    assert scheduler.predictor.on_time(tight, 3.0, 3.0) == 0.0
+    assert chance(scheduler, tight, None, 3.0) is None  # its start is not known
+    assert chance(scheduler, tight, 1.5, 3.0) == 1.0
+    assert chance(scheduler, tight, 3.0, 3.0) == 0.0
 
 
 @pytest.mark.spec("HP-STR-3")
@@ -266,16 +301,16 @@ def test_a_running_task_needs_only_the_rest_of_its_time() -> None:
     """What it has decoded already is not counted again."""
     scheduler = measured(a_scheduler())
     task = submit(scheduler, "a", now=3.0, deadline_ms=1600).task
-    assert scheduler.predictor.on_time(task, None, 3.0) == 1.0
-    assert scheduler.predictor.on_time(task, None, 4.0) == 1.0
-    assert scheduler.predictor.on_time(task, None, 4.7) == 0.0  # the deadline has passed
+    assert chance(scheduler, task, None, 3.0) == 1.0
+    assert chance(scheduler, task, None, 4.0) == 1.0
+    assert chance(scheduler, task, None, 4.7) == 0.0  # the deadline has passed
 
 
 def test_decoding_speed_is_published_once_measured() -> None:
     """Tokens per second of one task, null before the second one."""
     scheduler = a_scheduler()
-    assert scheduler.predictor.tokens_per_second("default") is None
-    assert measured(scheduler).predictor.tokens_per_second("default") == pytest.approx(20.0)
+    assert scheduler.predictor.tokens_per_second(scheduler.pools["default"]) is None
+    assert measured(scheduler).predictor.tokens_per_second(scheduler.pools["default"]) == pytest.approx(20.0)
 
 
 # -- advice ------------------------------------------------------------------------------------------------------------

@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 
 from llama_orch.contract.models import ReplicaState
 from llama_orch.core import placement
-from llama_orch.core.pool import Device, Replica
+from llama_orch.core.ledger import RESERVE_BYTES, Device, Ledger
+from llama_orch.core.placement import Candidate
+from llama_orch.core.replica import Replica
 from llama_orch.testing.builders import GIB, a_device
 
 
@@ -22,13 +24,19 @@ def a_replica(replica_id: str, device: str = "3090", *, busy: int = 0, slots: in
     return replica
 
 
-def devices(**free_gib: float) -> dict[str, Device]:
+def devices(**free_gib: float) -> list[Device]:
     """Cards "a", "b" … with that much free."""
-    return {device_id: a_device(device_id, vram_gib=free) for device_id, free in free_gib.items()}
+    reserve = RESERVE_BYTES / GIB
+    return [a_device(device_id, vram_gib=free + reserve) for device_id, free in free_gib.items()]
 
 
-def picked(replicas: list[Replica], ledger: dict[str, Device], *, exclusive: bool = False) -> str | None:
-    chosen = placement.pick(placement.candidates(replicas, ledger, exclusive=exclusive))
+def found_among(replicas: list[Replica], cards: list[Device], *, exclusive: bool = False) -> list[Candidate]:
+    ledger = Ledger(cards, {replica.replica_id: replica for replica in replicas})
+    return placement.candidates(replicas, ledger.scarcest_free_bytes, exclusive=exclusive)
+
+
+def picked(replicas: list[Replica], cards: list[Device], *, exclusive: bool = False) -> str | None:
+    chosen = placement.pick(found_among(replicas, cards, exclusive=exclusive))
     return None if chosen is None else chosen.replica.replica_id
 
 
@@ -82,11 +90,8 @@ def test_a_full_replica_takes_nothing() -> None:
 
 def test_the_reasons_name_every_candidate_best_first() -> None:
     """ "Why this card?" is answered with the figures that decided."""
-    found = placement.candidates(
-        [a_replica("r1", "a", busy=1), a_replica("r2", "b"), a_replica("r3", "c", busy=4)],
-        devices(a=1, b=2, c=9),
-        exclusive=False,
-    )
+    replicas = [a_replica("r1", "a", busy=1), a_replica("r2", "b"), a_replica("r3", "c", busy=4)]
+    found = found_among(replicas, devices(a=1, b=2, c=9))
     chosen = placement.pick(found)
     assert chosen is not None
     assert placement.reasons(chosen, found) == (
@@ -102,12 +107,11 @@ FIGURES = st.tuples(st.integers(0, 3), st.integers(0, 4))  # GiB free, busy slot
 @given(figures=st.lists(FIGURES, max_size=6), exclusive=st.booleans())
 def test_the_choice_is_the_best_by_the_rules(figures: list[tuple[int, int]], exclusive: bool) -> None:
     """Against the rules, written out one by one over the list of replicas."""
-    ledger = devices(**{f"d{n}": free for n, (free, _) in enumerate(figures)})
+    cards = devices(**{f"d{n}": free for n, (free, _) in enumerate(figures)})
     replicas = [a_replica(f"r{n}", f"d{n}", busy=busy) for n, (_, busy) in enumerate(figures)]
     able = [n for n, (_, busy) in enumerate(figures) if (busy == 0 if exclusive else busy < 4)]
     most_free = max((figures[n][0] for n in able), default=0)
     roomy = [n for n in able if figures[n][0] == most_free]
     least_busy = min((figures[n][1] for n in roomy), default=0)
     winners = [f"r{n}" for n in roomy if figures[n][1] == least_busy]
-    assert picked(replicas, ledger, exclusive=exclusive) == (winners[0] if winners else None)
-    assert all(device.vram_free_bytes <= 3 * GIB for device in ledger.values())
+    assert picked(replicas, cards, exclusive=exclusive) == (winners[0] if winners else None)

@@ -20,11 +20,12 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from llama_orch.contract.models import Determinism, Priority, ReplicaState, TaskRequest, TaskState
 from llama_orch.core import placement
 from llama_orch.core.effects import Abort, Admitted, Ended, Forget, Load, Start
-from llama_orch.core.pool import Pool, Replica
+from llama_orch.core.pool import Pool
 from llama_orch.core.prediction import ADVICE_MAX_MS, ADVICE_MIN_MS
 from llama_orch.core.queue import PRIORITIES
+from llama_orch.core.replica import Lease, Replica
 from llama_orch.core.scheduler import Verdict
-from llama_orch.core.task import ENDED, Lease, Task, request_digest
+from llama_orch.core.task import ENDED, Task, request_digest
 from llama_orch.errors import (
     AdmissionReject,
     Conflict,

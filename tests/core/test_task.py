@@ -8,7 +8,7 @@ import pytest
 
 from llama_orch.contract.models import Determinism, Priority, TaskState
 from llama_orch.core.task import ENDED, TRANSITIONS, Task, TaskEvent
-from llama_orch.testing.builders import a_task
+from llama_orch.testing.builders import a_pool, a_task
 
 ALL_PAIRS = list(product(TaskState, TaskEvent))
 
@@ -18,7 +18,7 @@ def task_in(state: TaskState, **overrides: object) -> Task:
         request=a_task(**overrides),
         task_id="t",
         number=1,
-        pool_id="default",
+        pool=a_pool(),
         seed=1,
         max_tokens=10,
         correlation_id="c",

@@ -78,7 +78,8 @@ class _Program:
             return {"error": str(error), "asked": asked}
         return {"sources": self.sources(self._clock.at), "asked": asked}
 
-    def sources(self, at: float) -> Any:
+    def sources(self, at: float, pid: int = 0) -> Any:
+        """What each source says at this time; `process_bytes` is that process's."""
         self._clock.at = at
         return [
             {
@@ -87,6 +88,8 @@ class _Program:
                 "free": source.read_free_bytes(),
                 "used": source.read_used_bytes(),
                 "utilization": source.read_utilization(),
+                "problem": source.read_problem(),
+                "process_bytes": source.read_process_bytes(pid),
             }
             for source in self._sources
         ]

@@ -96,6 +96,24 @@ def test_a_worker_sees_the_cards_of_its_mask_and_no_other(machine: FakeMachine, 
         assert {environment["CUDA_DEVICE_ORDER"] for environment in _binaries(service)} == {"PCI_BUS_ID"}
 
 
+@pytest.mark.spec("HP-PLC-6")
+def test_parts_of_one_card_are_devices_of_their_own(machine: FakeMachine, tmp_path: Path) -> None:
+    """One 24 GiB card as 16 + 8 GiB: capabilities list both, and the workers on either see that one card."""
+    binary = tmp_path / "llama-server"
+    binary.write_text(STAND_IN)
+    binary.chmod(0o755)
+    sizes = {"big": 16384 * MIB, "little": 8192 * MIB}
+    settings = {
+        "devices": [{"id": name, "uuid": machine.large.uuid, "vram_bytes": size} for name, size in sizes.items()],
+        "engines": {"llamacpp": {"launcher": "binary", "binary": str(binary)}},
+    }
+    with live_service(settings, env=machine.environment) as service, open_client(service) as client:
+        until(lambda: [one.get("CUDA_VISIBLE_DEVICES") for one in _binaries(service)] == [machine.large.uuid] * 2)
+        assert {name: device["vram_total_bytes"] for name, device in _devices(client).items()} == sizes
+        replicas = client.get("/v1/pools/default/health").json()["replicas"]
+        assert [replica["devices"] for replica in replicas] == [["big"], ["little"]]
+
+
 def _binaries(service: LiveService) -> list[dict[str, str]]:
     """The environments of the engines' processes."""
     found = []

@@ -10,7 +10,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from llama_orch.engines.base import DecodeStalled, JobRefused, WorkerLost
+from llama_orch.engines.base import DecodeStalled, EngineBusy, JobRefused, WorkerLost
 from llama_orch.engines.client import CompletionEvent, LlamaClient, completion_body
 from llama_orch.engines.private_folder import make_private_folder, remove_private_folder
 
@@ -134,6 +134,13 @@ def test_a_refused_job_leaves_the_worker_sound(fault: bytes) -> None:
     for word in (b"data: " + body, b"error: " + fault):
         with pytest.raises(JobRefused, match="too long"):
             _outcome(_sends(_STREAM_HEAD, _chunk(word + b"\n\n")))
+
+
+def test_a_request_that_finds_no_memory_is_not_the_jobs_fault() -> None:
+    """llama.cpp answers 400 when it cannot hold a request: the worker is sound, and another try may work."""
+    body = b'{"error":{"code":400,"message":"std::bad_alloc","type":"invalid_request_error"}}'
+    with pytest.raises(EngineBusy, match="bad_alloc"):
+        _outcome(_sends(b"HTTP/1.1 400 Bad\r\nContent-Length: %d\r\n\r\n" % len(body) + body))
 
 
 def test_silence_is_a_stall_and_comments_are_silence() -> None:

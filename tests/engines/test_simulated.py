@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llama_orch.engines import ctransformers
-from llama_orch.engines.base import DecodeStalled, LoadFailed, ReplicaSpec, WorkerLost
+from llama_orch.engines.base import DecodeStalled, LoadFailed, OutOfMemory, ReplicaSpec, WorkerLost
 from llama_orch.engines.registry import build_engines
 from llama_orch.engines.simulated import ANSWER_LIMIT_S, LOAD_SILENCE_S, ServiceModel, SimulatedEngine, SimulatedWorker
 from llama_orch.testing import loop as virtual
@@ -33,6 +33,23 @@ def test_a_load_can_be_made_to_fail() -> None:
         assert await worker.lost() == "CUDA error: out of memory"
         engine.load_error = None
         await (await engine.launch(a_spec(_NO_FILE))).ready()
+
+    run(main())
+
+
+@pytest.mark.parametrize(
+    ("load_error", "kind"),
+    [("CUDA error: out of memory", OutOfMemory), (OutOfMemory("full"), OutOfMemory), ("bad magic", LoadFailed)],
+)
+def test_a_load_fails_with_the_kind_of_its_reason(load_error: str | LoadFailed, kind: type[LoadFailed]) -> None:
+    """A text is judged as a real engine's last words are; an exception is raised as it is."""
+
+    async def main() -> None:
+        worker = await SimulatedEngine(_FAST, load_error=load_error).launch(a_spec(_NO_FILE))
+        with pytest.raises(LoadFailed) as caught:
+            await worker.ready()
+        assert type(caught.value) is kind
+        assert await worker.lost() == str(load_error)
 
     run(main())
 

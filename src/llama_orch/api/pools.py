@@ -1,9 +1,9 @@
-"""Pools: list, read, health."""
+"""Pools: list, read, health, drain, reload."""
 
 from __future__ import annotations
 
 from llama_orch.api.service import Service
-from llama_orch.contract.models import Pool, PoolHealth, PoolList
+from llama_orch.contract.models import DrainRequest, Pool, PoolHealth, PoolList, ReloadRequest
 
 
 class Pools:
@@ -17,3 +17,9 @@ class Pools:
 
     async def get_pool_health(self, *, id: str) -> PoolHealth:
         return self._service.get_pool_health(id)
+
+    async def drain_pool(self, *, id: str, body: DrainRequest) -> PoolHealth:
+        return await self._service.drain_pool(id, body.deadline_ms)
+
+    async def reload_pool(self, *, id: str, body: ReloadRequest) -> PoolHealth:
+        return await self._service.reload_pool(id, body.new_model_ref)

@@ -49,6 +49,12 @@ class Service(Protocol):
 
     def get_pool_health(self, pool_id: str) -> PoolHealth: ...
 
+    async def drain_pool(self, pool_id: str, deadline_ms: int) -> PoolHealth:
+        """Begin a drain, or give the one that runs a new deadline; the health as it is then."""
+
+    async def reload_pool(self, pool_id: str, new_model_ref: str) -> PoolHealth:
+        """Begin a reload; the health as it is then. Conflict while another one runs."""
+
     def capabilities(self) -> Capabilities: ...
 
     def metrics_text(self) -> bytes:

@@ -18,7 +18,7 @@ TOKEN_CHARS_MAX = 256
 
 def matching_pools(pools: Sequence[Pool], request: TaskRequest) -> list[Pool]:
     """Pools that can do what the request asks, in the configuration's order; a refusal when there is none."""
-    found = [pool for pool in pools if pool.serves(request.model_ref)]
+    found = [pool for pool in pools if pool.serves(request.model_ref) and not _is_too_small(pool.spec, request)]
     if not found:
         served = ", ".join(sorted({pool.spec.model for pool in pools}))
         raise NotFound(f"no pool serves model {request.model_ref!r}; name one of: {served}")
@@ -35,6 +35,11 @@ def matching_pools(pools: Sequence[Pool], request: TaskRequest) -> list[Pool]:
         spec = found[0].spec
         raise InvalidParams(str(incapacity(spec, request)), engine=spec.engine)
     return able
+
+
+def _is_too_small(spec: PoolSpec, request: TaskRequest) -> bool:
+    """A pool on demand is no bound for others: a task that needs more context gets a pool that has it."""
+    return spec.is_on_demand and request.ctx is not None and request.ctx > spec.ctx
 
 
 def incapacity(spec: PoolSpec, request: TaskRequest) -> str | None:

@@ -47,4 +47,27 @@ class Load:
     replica_id: str
 
 
-Effect = Admitted | Start | Abort | Ended | Forget | Load
+@dataclass(frozen=True, slots=True)
+class Unload:
+    """End this replica's worker, see its memory return, then report `replica_unloaded`. Nothing runs on it."""
+
+    replica_id: str
+    reason: str  # evicted, idle, drain, reload
+
+
+@dataclass(frozen=True, slots=True)
+class Condemn:
+    """This replica's worker cannot be trusted any more: report `replica_lost` and end it."""
+
+    replica_id: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Dispose:
+    """This replica will not be used again."""
+
+    replica_id: str
+
+
+Effect = Admitted | Start | Abort | Ended | Forget | Load | Unload | Condemn | Dispose

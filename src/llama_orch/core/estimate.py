@@ -1,17 +1,20 @@
-"""When will a waiting task start? Measured speeds of the pool, played forward over its slots.
+"""When will a waiting task start? Measured speeds, played forward over the slots that there are.
 
-Null is an answer: nothing is predicted before two tasks of the pool have been measured (HP-ADM-5).
+Null is an answer: nothing is predicted before two tasks of the model have been measured (HP-ADM-5).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 
 SAMPLES_MIN = 2
-WEIGHT = 0.2  # of a new sample in the moving averages
+WEIGHT = 1 / 32  # of a new sample in the moving averages: answers differ in length, and few samples say little of them
+LENGTHS_KEPT = 64
 WAIT_GUESS_S = 0.5  # per task ahead, for a refusal's advice before anything was measured
+OVERDUE_SHARE = 0.1  # what outlives its estimate is taken to need this much of it more
 
 
 @dataclass(slots=True)
@@ -24,51 +27,79 @@ class Average:
 
     def add(self, value: float) -> None:
         self.samples += 1
-        weight = max(WEIGHT, 1 / self.samples)  # the first few count alike
+        weight = max(WEIGHT, 1 / self.samples)  # the first ones count alike
         delta = value - self.mean
         self.mean += weight * delta
         self.variance = (1 - weight) * (self.variance + weight * delta * delta)
 
 
 @dataclass(slots=True)
+class Lengths:
+    """How many tokens answers have had lately."""
+
+    average: Average = field(default_factory=Average)
+    _latest: deque[int] = field(default_factory=lambda: deque(maxlen=LENGTHS_KEPT))
+
+    def add(self, tokens: int) -> None:
+        self.average.add(tokens)
+        self._latest.append(tokens)
+
+    def expected(self, max_tokens: int, expected_tokens: int | None) -> float:
+        """Of an answer that has not begun. The client's own word comes before experience."""
+        if expected_tokens is not None:
+            return min(max_tokens, expected_tokens)
+        if not self._latest:
+            return min(max_tokens, self.average.mean)
+        return sum(min(max_tokens, length) for length in self._latest) / len(self._latest)
+
+    def left(self, tokens_out: int, max_tokens: int, expected_tokens: int | None) -> float:
+        """Of an answer that has this many already: what the longer ones among the latest had more than that."""
+        if expected_tokens is not None:
+            rest = min(max_tokens, expected_tokens) - tokens_out
+            return rest if rest > 0 else min(max_tokens - tokens_out, OVERDUE_SHARE * expected_tokens)
+        longer = [min(max_tokens, length) - tokens_out for length in self._latest if length > tokens_out]
+        if longer:
+            return sum(longer) / len(longer)
+        return min(max_tokens - tokens_out, OVERDUE_SHARE * tokens_out)
+
+
+@dataclass(slots=True)
 class Speeds:
-    """What was measured of one pool's tasks lately. Seconds and tokens."""
+    """What was measured of tasks lately, on one kind of replica. Seconds."""
 
-    token_s: Average
-    overhead_s: Average  # from the start on a slot to the first token and after the last: prefill mostly
-    tokens_out: Average
+    token_s: Average = field(default_factory=Average)  # per token decoded
+    prompt_s: Average = field(default_factory=Average)  # per token of a prompt that was evaluated
+    overhead_s: Average = field(default_factory=Average)  # the rest of the time on a slot
 
-    @classmethod
-    def unknown(cls) -> Speeds:
-        return cls(Average(), Average(), Average())
+    def learn(
+        self, *, service_s: float, decode_s: float, tokens_out: int, prefill_s: float = 0.0, tokens_read: int = 0
+    ) -> None:
+        if tokens_out > 0:
+            self.token_s.add(decode_s / tokens_out)
+        if tokens_read > 0:
+            self.prompt_s.add(prefill_s / tokens_read)
+        self.overhead_s.add(max(0.0, service_s - decode_s - prefill_s))
 
     @property
     def is_known(self) -> bool:
-        return self.tokens_out.samples >= SAMPLES_MIN
+        return self.overhead_s.samples > 0
 
-    def learn(self, *, service_s: float, decode_s: float, tokens_out: int) -> None:
-        if tokens_out > 0:
-            self.token_s.add(decode_s / tokens_out)
-        self.overhead_s.add(max(0.0, service_s - decode_s))
-        self.tokens_out.add(tokens_out)
-
-    def service_s(self, max_tokens: int, expected_tokens: int | None) -> float:
+    def service_s(self, tokens_in: float, tokens_out: float) -> float:
         """Expected time on a slot."""
-        tokens = min(max_tokens, self.tokens_out.mean if expected_tokens is None else expected_tokens)
-        return self.overhead_s.mean + tokens * self.token_s.mean
+        return self.overhead_s.mean + tokens_in * self.prompt_s.mean + tokens_out * self.token_s.mean
 
-    def service_deviation_s(self, max_tokens: int, expected_tokens: int | None) -> float:
+    def deviation_s(self, tokens_out: float, length_variance: float) -> float:
         """Standard deviation of the same, from the spread of lengths and of speeds, taken as independent."""
-        tokens = min(max_tokens, self.tokens_out.mean if expected_tokens is None else expected_tokens)
-        length = 0.0 if expected_tokens is not None else self.tokens_out.variance * self.token_s.mean**2
-        return math.sqrt(length + self.token_s.variance * tokens**2 + self.overhead_s.variance)
+        length = length_variance * self.token_s.mean**2
+        return math.sqrt(length + self.token_s.variance * tokens_out**2 + self.overhead_s.variance)
 
 
 @dataclass(slots=True)
 class Lane:
-    """One replica's slots as the times, from now, at which each gets free."""
+    """One replica's slots as the times, from now, at which each gets free. `number` finds its service times."""
 
     free_in_s: list[float]
+    number: int = 0
 
     def start(self, *, exclusive: bool) -> float:
         return max(self.free_in_s) if exclusive else min(self.free_in_s)
@@ -80,18 +111,18 @@ class Lane:
             self.free_in_s[self.free_in_s.index(min(self.free_in_s))] = until_s
 
 
-def forecast(lanes: list[Lane], waiting: Iterable[tuple[str, bool, float]]) -> dict[str, float]:
-    """Start times in seconds from now of (task id, exclusive, service seconds) in order of service.
+def forecast(lanes: list[Lane], waiting: Iterable[tuple[str, bool, Sequence[float]]]) -> dict[str, float]:
+    """Start times in seconds from now of (task id, exclusive, service seconds on each lane) in order of service.
 
     Nobody overtakes: a task starts no earlier than the one before it (HP-ADM-2).
     """
     starts: dict[str, float] = {}
     earliest = 0.0
-    for task_id, exclusive, service_s in waiting:
-        lane = min(lanes, key=lambda one: one.start(exclusive=exclusive))
+    for task_id, exclusive, services_s in waiting:
+        lane = min(lanes, key=lambda one: (one.start(exclusive=exclusive), one.number))
         earliest = max(earliest, lane.start(exclusive=exclusive))
         starts[task_id] = earliest
-        lane.occupy(earliest + service_s, exclusive=exclusive)
+        lane.occupy(earliest + services_s[lane.number], exclusive=exclusive)
     return starts
 
 

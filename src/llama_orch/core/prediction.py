@@ -1,17 +1,32 @@
-"""Predictions over the scheduler's state: positions, starts, chances. Reads state and changes only its own averages."""
+"""Predictions over the scheduler's state: positions, starts, chances. Reads state and changes only its own averages.
+
+Speeds are kept for a model on a device; where a device has not been measured, what the model did elsewhere stands in.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from llama_orch.contract.models import Priority, ReplicaState, TaskState
-from llama_orch.core.estimate import WAIT_GUESS_S, Lane, Speeds, forecast, on_time_probability
+from llama_orch.core.estimate import (
+    OVERDUE_SHARE,
+    SAMPLES_MIN,
+    WAIT_GUESS_S,
+    Average,
+    Lane,
+    Lengths,
+    Speeds,
+    forecast,
+    on_time_probability,
+)
 from llama_orch.core.pool import Pool
+from llama_orch.core.replica import Replica
 from llama_orch.core.task import Outcome, Task
 
 ADVICE_MIN_MS = 100
 ADVICE_MAX_MS = 300_000
+MODELS_MAX = 256  # whose speeds are kept; the one measured the longest time ago is forgotten first
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,22 +37,114 @@ class Outlook:
     start_in_s: float | None
 
 
-class Predictor:
-    """Speeds per pool, and what follows from them for the tasks that wait."""
+class _Model:
+    """What was measured of one model on one engine."""
 
     def __init__(self) -> None:
-        self._speeds: dict[str, Speeds] = {}
+        self.lengths = Lengths()
+        self.anywhere = Speeds()
+        self.on: dict[tuple[str, ...], Speeds] = {}  # by device mask
+        self.load_s: dict[tuple[str, ...], Average] = {}
+        self.swap_s: dict[tuple[str, ...], Average] = {}  # the wait for others to leave included
 
-    def speeds(self, pool_id: str) -> Speeds:
-        return self._speeds.setdefault(pool_id, Speeds.unknown())
+    @property
+    def is_known(self) -> bool:
+        return self.lengths.average.samples >= SAMPLES_MIN
 
-    def learn(self, pool_id: str, service_s: float, outcome: Outcome) -> None:
+    def speeds(self, mask: tuple[str, ...]) -> Speeds:
+        found = self.on.get(mask)
+        return found if found is not None and found.is_known else self.anywhere
+
+
+class Predictor:
+    """Speeds per model and device, and what follows from them for the tasks that wait."""
+
+    def __init__(self) -> None:
+        self._models: dict[tuple[str, str], _Model] = {}
+
+    def _model(self, pool: Pool) -> _Model:
+        return self._models.get(pool.spec.speed_key) or _Model()
+
+    def _kept(self, pool: Pool) -> _Model:
+        model = self._models.pop(pool.spec.speed_key, None) or _Model()
+        self._models[pool.spec.speed_key] = model
+        if len(self._models) > MODELS_MAX:
+            del self._models[next(iter(self._models))]
+        return model
+
+    # -- what is measured ----------------------------------------------------------------------------------------------
+
+    def learn(self, pool: Pool, replica: Replica, service_s: float, outcome: Outcome) -> None:
+        model = self._kept(pool)
         decode_s = min(service_s, outcome.decode_ms / 1000)
-        self.speeds(pool_id).learn(service_s=service_s, decode_s=decode_s, tokens_out=outcome.tokens_out)
+        prefill_s = min(service_s - decode_s, outcome.prefill_ms / 1000)
+        model.lengths.add(outcome.tokens_out)
+        for speeds in (model.anywhere, model.on.setdefault(replica.device_ids, Speeds())):
+            speeds.learn(
+                service_s=service_s,
+                decode_s=decode_s,
+                tokens_out=outcome.tokens_out,
+                prefill_s=prefill_s,
+                tokens_read=max(0, outcome.tokens_in - outcome.tokens_cached) if prefill_s else 0,
+            )
 
-    def tokens_per_second(self, pool_id: str) -> float | None:
-        speeds = self.speeds(pool_id)
-        return 1 / speeds.token_s.mean if speeds.is_known and speeds.token_s.mean > 0 else None
+    def learn_load(self, pool: Pool, replica: Replica, now: float) -> None:
+        """The replica got ready."""
+        model, mask = self._kept(pool), replica.device_ids
+        model.load_s.setdefault(mask, Average()).add(now - replica.loading_since_s)
+        if replica.promised_since_s is not None:
+            model.swap_s.setdefault(mask, Average()).add(now - replica.promised_since_s)
+
+    def load_s(self, pool: Pool, replica: Replica) -> float | None:
+        """How long the replica takes to load, where that was measured."""
+        average = self._model(pool).load_s.get(replica.device_ids)
+        return None if average is None else average.mean
+
+    def tokens_per_second(self, pool: Pool) -> float | None:
+        model = self._model(pool)
+        token_s = model.anywhere.token_s.mean
+        return 1 / token_s if model.is_known and token_s > 0 else None
+
+    # -- what follows --------------------------------------------------------------------------------------------------
+
+    def service_s(self, pool: Pool, task: Task, replica: Replica) -> float | None:
+        """Expected time of the task on the replica; None before two tasks of the model were measured."""
+        model = self._model(pool)
+        return self._service_s(model, task, replica.device_ids) if model.is_known else None
+
+    @staticmethod
+    def _service_s(model: _Model, task: Task, mask: tuple[str, ...]) -> float:
+        tokens = model.lengths.expected(task.max_tokens, task.request.expected_tokens)
+        return model.speeds(mask).service_s(task.tokens_in or 0, tokens)
+
+    def free_in_s(self, pool: Pool, replica: Replica, tasks: Mapping[str, Task], now: float) -> list[float]:
+        """When each slot of a ready replica gets free."""
+        model = self._model(pool)
+        free = [0.0] * replica.slots
+        for slot, task_id in replica.leases.items():
+            free[slot] = self._rest_s(model, tasks[task_id], replica, now)
+        return free
+
+    def _rest_s(self, model: _Model, task: Task, replica: Replica, now: float) -> float:
+        """What a running task still needs: never 0 while it runs."""
+        if not model.is_known:
+            return 0.001
+        if task.tokens_out > 0 and task.state is TaskState.RUNNING:
+            left = model.lengths.left(task.tokens_out, task.max_tokens, task.request.expected_tokens)
+            return max(0.001, left * model.speeds(replica.device_ids).token_s.mean)
+        service_s = self._service_s(model, task, replica.device_ids)
+        began = now if task.started_s is None else task.started_s
+        return max(began + service_s - now, OVERDUE_SHARE * service_s, 0.001)
+
+    def backlog_s(self, pool: Pool) -> float | None:
+        """How long the replicas that there are need for what waits, all tasks taken as average ones."""
+        model = self._model(pool)
+        serving = [r for r in pool.replicas.values() if r.state is ReplicaState.READY and not r.is_closing]
+        if not model.is_known or not serving:
+            return None
+        mean_s = model.anywhere.service_s(0, model.lengths.average.mean)
+        lanes = sum(1 if pool.spec.strict_needs_exclusive else replica.slots for replica in serving)
+        return len(pool.queue) * mean_s / lanes
 
     def outlooks(self, pool: Pool, tasks: Mapping[str, Task], now: float) -> dict[str, Outlook]:
         """For every task that waits in the pool, in one pass."""
@@ -62,63 +169,98 @@ class Predictor:
             wait_s = self._starts(pool, tasks, [tasks[head]], now).get(head)
         if wait_s is None:
             wait_s = WAIT_GUESS_S * (1 + len(pool.queue) / max(1, pool.slots_total()))
-        return min(ADVICE_MAX_MS, max(ADVICE_MIN_MS, round(wait_s * 1000)))
+        return _advice(wait_s)
 
     def ready_advice_ms(self, pool: Pool, now: float) -> int:
-        """When to ask again for a pool without a ready replica: for all that is known, a load takes as long again as it
-        has taken so far."""
-        waits = [now - r.loading_since_s for r in pool.replicas.values() if r.state is ReplicaState.LOADING]
-        waits += [r.retry_at_s - now for r in pool.replicas.values() if r.retry_at_s is not None]
-        return min(ADVICE_MAX_MS, max(ADVICE_MIN_MS, round(min(waits, default=0.0) * 1000)))
+        """When to ask again for a pool without a ready replica: when the load is expected to be over; where that is not
+        known, a load takes as long again as it has taken so far."""
+        waits = []
+        for replica in pool.replicas.values():
+            known_s = self.load_s(pool, replica)
+            if replica.state is ReplicaState.LOADING:
+                so_far_s = now - replica.loading_since_s
+                waits.append(so_far_s if known_s is None else _left(replica.loading_since_s, known_s, now))
+            elif replica.retry_at_s is not None:
+                waits.append(replica.retry_at_s - now)
+            elif replica.state in (ReplicaState.UNLOADED, ReplicaState.UNLOADING) and known_s is not None:
+                waits.append(known_s)
+        return _advice(min(waits, default=0.0))
 
-    def on_time(self, task: Task, start_in_s: float | None, now: float) -> float | None:
+    def on_time(self, pool: Pool, task: Task, start_in_s: float | None, now: float) -> float | None:
         """Chance that the task meets its deadline; None without one or before anything was measured."""
-        speeds = self.speeds(task.pool_id)
-        if task.deadline_s is None or not speeds.is_known:
+        model = self._model(pool)
+        if task.deadline_s is None or not model.is_known:
             return None
-        asked = (task.max_tokens, task.request.expected_tokens)
-        rest_s = speeds.service_s(*asked)
+        mask = pool.replicas[task.replica_id].device_ids if task.replica_id in pool.replicas else ()
+        rest_s = self._service_s(model, task, mask)
         if task.state is TaskState.RUNNING and task.started_s is not None:
             rest_s = max(0.0, rest_s - (now - task.started_s))
         elif start_in_s is None:
             return None
         else:
             rest_s += start_in_s
-        return on_time_probability(task.deadline_s - now, rest_s, speeds.service_deviation_s(*asked))
+        is_told = task.request.expected_tokens is not None
+        tokens = model.lengths.expected(task.max_tokens, task.request.expected_tokens)
+        variance = 0.0 if is_told else model.lengths.average.variance
+        return on_time_probability(task.deadline_s - now, rest_s, model.speeds(mask).deviation_s(tokens, variance))
 
-    def _starts(self, pool: Pool, tasks: Mapping[str, Task], waiting: list[Task], now: float) -> dict[str, float]:
-        speeds = self.speeds(pool.spec.pool_id)
-        lanes = self._lanes(pool, tasks, speeds, now)
-        if not lanes or not (speeds.is_known or self._is_free_now(lanes, waiting)):
+    def _starts(self, pool: Pool, tasks: Mapping[str, Task], waiting: Sequence[Task], now: float) -> dict[str, float]:
+        model = self._model(pool)
+        serving, lanes = self._lanes(pool, tasks, now)
+        if not lanes or not (model.is_known or self._is_free_now(lanes, waiting)):
             return {}
         exclusive = pool.spec.strict_needs_exclusive
-        return forecast(lanes, [(t.task_id, t.is_strict and exclusive, self._service_s(speeds, t)) for t in waiting])
+        masks = [replica.device_ids for replica in serving]
+
+        def services_s(task: Task) -> list[float]:
+            return [self._service_s(model, task, mask) if model.is_known else 0.0 for mask in masks]
+
+        return forecast(lanes, [(t.task_id, t.is_strict and exclusive, services_s(t)) for t in waiting])
 
     def _slot_wait_s(self, pool: Pool, tasks: Mapping[str, Task], now: float) -> float | None:
-        speeds = self.speeds(pool.spec.pool_id)
-        wait_s = min((lane.start(exclusive=False) for lane in self._lanes(pool, tasks, speeds, now)), default=None)
-        return wait_s if speeds.is_known or wait_s == 0 else None
+        _, lanes = self._lanes(pool, tasks, now)
+        wait_s = min((lane.start(exclusive=False) for lane in lanes), default=None)
+        return wait_s if self._model(pool).is_known or wait_s == 0 else None
 
     @staticmethod
-    def _is_free_now(lanes: list[Lane], waiting: list[Task]) -> bool:
+    def _is_free_now(lanes: list[Lane], waiting: Sequence[Task]) -> bool:
         """A lone task in front of an idle replica starts at once, whatever the speeds are."""
         return len(waiting) == 1 and any(max(lane.free_in_s) == 0 for lane in lanes)
 
-    @staticmethod
-    def _service_s(speeds: Speeds, task: Task) -> float:
-        return speeds.service_s(task.max_tokens, task.request.expected_tokens) if speeds.is_known else 0.0
-
-    def _lanes(self, pool: Pool, tasks: Mapping[str, Task], speeds: Speeds, now: float) -> list[Lane]:
-        lanes = []
+    def _lanes(self, pool: Pool, tasks: Mapping[str, Task], now: float) -> tuple[list[Replica], list[Lane]]:
+        """The replicas that serve, and those that come at a time that is known."""
+        serving: list[Replica] = []
+        lanes: list[Lane] = []
         for replica in pool.replicas.values():
-            if replica.state is not ReplicaState.READY:
+            if replica.state is ReplicaState.READY and not replica.is_closing:
+                free_in_s = self.free_in_s(pool, replica, tasks, now)
+            elif (ready_in_s := self._ready_in_s(pool, replica, now)) is not None:
+                free_in_s = [ready_in_s] * replica.slots
+            else:
                 continue
-            free_in_s = [0.0] * replica.slots
-            for slot, task_id in replica.leases.items():
-                task = tasks[task_id]
-                began = now if task.started_s is None else task.started_s
-                # A task that outlives its estimate is taken to need a tenth of it more: never 0 while it runs.
-                service_s = self._service_s(speeds, task)
-                free_in_s[slot] = max(began + service_s - now, 0.1 * service_s, 0.001)
-            lanes.append(Lane(free_in_s))
-        return lanes
+            lanes.append(Lane(free_in_s, len(serving)))
+            serving.append(replica)
+        return serving, lanes
+
+    def _ready_in_s(self, pool: Pool, replica: Replica, now: float) -> float | None:
+        """When a replica that loads, or is about to, will serve; None where its load was never measured."""
+        if replica.state is ReplicaState.LOADING and not replica.is_launched:
+            swap = self._model(pool).swap_s.get(replica.device_ids)
+            return None if swap is None else _left(replica.loading_since_s, swap.mean, now)
+        load_s = self.load_s(pool, replica)
+        if load_s is None:
+            return None
+        if replica.state is ReplicaState.LOADING:
+            return _left(replica.loading_since_s, load_s, now)
+        if replica.state is ReplicaState.BACKOFF and replica.retry_at_s is not None:
+            return max(0.0, replica.retry_at_s - now) + load_s
+        return None
+
+
+def _left(since_s: float, mean_s: float, now: float) -> float:
+    """Of what began then and takes this long."""
+    return max(since_s + mean_s - now, OVERDUE_SHARE * mean_s)
+
+
+def _advice(wait_s: float) -> int:
+    return min(ADVICE_MAX_MS, max(ADVICE_MIN_MS, round(wait_s * 1000)))

@@ -32,8 +32,42 @@ def ending(pool: Pool) -> PoolUnavailable:
     )
 
 
+def draining(pool: Pool, now: float) -> PoolUnavailable:
+    left_ms = RESTART_MS if pool.drain_until_s is None else max(1, round((pool.drain_until_s - now) * 1000))
+    return PoolUnavailable(
+        f"pool {pool.spec.pool_id} is drained and takes no new tasks; use another model, or have the pool reloaded",
+        engine=pool.spec.engine,
+        retry_after_ms=left_ms,
+    )
+
+
+def drained(pool: Pool) -> PoolUnavailable:
+    return PoolUnavailable(
+        f"pool {pool.spec.pool_id} was drained and its deadline has passed; submit the task again once it is back",
+        engine=pool.spec.engine,
+        retry_after_ms=MENDING_MS,
+    )
+
+
+def reloading(pool: Pool, wait_ms: int) -> PoolUnready:
+    return PoolUnready(
+        f"pool {pool.spec.pool_id} is getting another model ({pool.last_reload}); repeat shortly",
+        engine=pool.spec.engine,
+        retry_after_ms=wait_ms,
+    )
+
+
+def without_devices(pool: Pool, lost: str) -> PoolUnavailable:
+    return PoolUnavailable(
+        f"pool {pool.spec.pool_id} has no device left ({lost}); see to the card, its models come back with it",
+        engine=pool.spec.engine,
+        retry_after_ms=MENDING_MS,
+    )
+
+
 def unready(pool: Pool, wait_ms: int) -> PoolUnready:
     state = "is loading its model" if pool.last_error is None else f"starts again after: {pool.last_error}"
+    state = state if pool.why_not_loaded is None else f"waits for room: {pool.why_not_loaded}"
     return PoolUnready(
         f"pool {pool.spec.pool_id} {state}; repeat shortly", engine=pool.spec.engine, retry_after_ms=wait_ms
     )
@@ -41,7 +75,8 @@ def unready(pool: Pool, wait_ms: int) -> PoolUnready:
 
 def gone(pool: Pool) -> PoolUnavailable:
     return PoolUnavailable(
-        f"pool {pool.spec.pool_id} has no replica left ({pool.last_error}); mend that, then restart the service",
+        f"pool {pool.spec.pool_id} has no replica left ({pool.last_error}); mend that, then reload the pool, "
+        "or restart the service",
         engine=pool.spec.engine,
         retry_after_ms=MENDING_MS,
     )

@@ -1,29 +1,33 @@
-"""The scheduler: one state machine over tasks, queues, slots and replicas.
+"""The scheduler: one state machine over tasks, queues, slots, replicas and devices.
 
 Methods are events; each takes the time (`now`, seconds, never going back) and leaves effects to be taken with
 `take_effects`. No method waits, and none reads a clock, so a sequence of events gives the same effects every time.
 
 Invariants, checked by tests/core/test_scheduler_machine.py after every event: a slot has at most one holder; a queue
-stays within its capacity; within a priority tasks start in the order of admission; a task reaches one final state.
+stays within its capacity; within a priority tasks start in the order of admission; a task reaches one final state; no
+device is given away twice.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from llama_orch.contract.models import Priority, ReplicaState, TaskRequest, TaskState
-from llama_orch.core import admission, placement, refusals
-from llama_orch.core.effects import Abort, Admitted, Effect, Ended, Forget, Load, Start
-from llama_orch.core.pool import Device, Pool, Replica
+from llama_orch.contract.models import ReplicaState, TaskRequest, TaskState
+from llama_orch.core import admission, refusals
+from llama_orch.core.dispatch import Dispatcher
+from llama_orch.core.effects import Abort, Admitted, Effect, Ended, Forget
+from llama_orch.core.fleet import Fleet
+from llama_orch.core.gate import Gate
+from llama_orch.core.ledger import Device
+from llama_orch.core.pool import Pool
 from llama_orch.core.prediction import Predictor
 from llama_orch.core.queue import QueueFull
+from llama_orch.core.replica import Replica
+from llama_orch.core.rollout import Rollouts
 from llama_orch.core.task import ENDED, Outcome, Task, TaskEvent, request_digest
+from llama_orch.core.tasktable import TaskTable
 from llama_orch.errors import Conflict, LlorchError, NotFound
-
-RETAINED_MAX = 10_000  # ended tasks kept at most, however long the time of retention is
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,24 +39,53 @@ class Verdict:
 
 
 class Scheduler:
-    """All state of admission and scheduling. `retain_s`: how long ended tasks stay readable."""
+    """All state of admission and scheduling. `retain_s`: how long ended tasks stay readable; `min_residency_s`: how
+    long a model that was loaded on demand stays at least."""
 
-    def __init__(self, pools: Sequence[Pool], devices: Sequence[Device], *, retain_s: float) -> None:
-        self.pools = {pool.spec.pool_id: pool for pool in pools}
-        self.devices = {device.device_id: device for device in devices}
-        self.replicas: dict[str, Replica] = {r.replica_id: r for pool in pools for r in pool.replicas.values()}
-        self.tasks: dict[str, Task] = {}
-        self.predictor = Predictor()
-        self.is_draining = False
-        self._retain_s = retain_s
-        self._number = 0
-        self._deadlines: list[tuple[float, int, str]] = []  # sorted; of the tasks that have not ended
-        self._ended: deque[tuple[float, str]] = deque()
+    def __init__(
+        self, pools: Sequence[Pool], devices: Sequence[Device], *, retain_s: float, min_residency_s: float = 30.0
+    ) -> None:
         self._effects: list[Effect] = []
+        self._table = TaskTable(retain_s)
+        self.tasks = self._table.tasks
+        self.predictor = Predictor()
+        self.fleet = Fleet(pools, devices, self.predictor, self._emit, min_residency_s=min_residency_s)
+        self.rollouts = Rollouts(self.fleet)
+        self._dispatcher = Dispatcher(self.fleet, self.predictor, self.tasks, self._emit)
+        self.gate = Gate(self.fleet, self.predictor, self.tasks)
+        self._number = 0
+        self.known = self._table.known
+
+    def _emit(self, effect: Effect) -> None:
+        self._effects.append(effect)
 
     def take_effects(self) -> list[Effect]:
         taken, self._effects = self._effects, []
         return taken
+
+    @property
+    def pools(self) -> dict[str, Pool]:
+        """Those in service, by id."""
+        return self.fleet.pools
+
+    @property
+    def replicas(self) -> dict[str, Replica]:
+        return self.fleet.replicas
+
+    @property
+    def is_draining(self) -> bool:
+        """The service ends."""
+        return self.fleet.is_ending
+
+    @property
+    def devices(self) -> dict[str, Device]:
+        return self.fleet.ledger.devices
+
+    def pool(self, pool_id: str) -> Pool:
+        try:
+            return self.pools[pool_id]
+        except KeyError:
+            raise NotFound(f"no pool {pool_id!r}; the pools are: {', '.join(self.pools)}") from None
 
     # -- admission ---------------------------------------------------------------------------------------------------
 
@@ -64,33 +97,6 @@ class Scheduler:
                 f"task {task.task_id} exists with another body; choose a new `task_id` or send the same body"
             )
         return task
-
-    def choose_pool(self, request: TaskRequest) -> Pool:
-        """The pool that the request would best go to now: ready ones first, then the least loaded per slot."""
-        found = admission.matching_pools(list(self.pools.values()), request)
-
-        def load(pool: Pool) -> tuple[bool, bool, bool, float]:
-            busy = sum(replica.slots_busy for replica in pool.replicas.values())
-            is_full = bool(len(pool.queue)) and len(pool.queue) >= pool.queue.capacity
-            per_slot = (len(pool.queue) + busy) / max(1, pool.slots_total())
-            return (not pool.is_live, not pool.is_ready, is_full, per_slot)
-
-        return min(found, key=load)
-
-    def check_room(self, pool: Pool, priority: Priority, now: float) -> None:
-        """Refuse what `submit` would refuse now whatever the prompt is: an early word, the verdict is `submit`'s."""
-        self._check_open(pool)
-        if pool.queue.is_closed_to(priority) and not self._has_free_slot(pool):
-            raise self._no_room(pool, now)
-
-    def _no_room(self, pool: Pool, now: float) -> LlorchError:
-        if not pool.is_ready and not len(pool.queue):  # a queue of no places is not what stands in the way
-            return refusals.unready(pool, self.predictor.ready_advice_ms(pool, now))
-        return refusals.full(pool, self.predictor.advice_ms(pool, self.tasks, now))
-
-    @staticmethod
-    def _has_free_slot(pool: Pool) -> bool:
-        return any(replica.can_take(exclusive=False) for replica in pool.replicas.values())
 
     def submit(
         self,
@@ -109,7 +115,7 @@ class Scheduler:
         if (earlier := self.repeated(request)) is not None:
             return Verdict(earlier, is_repeat=True)
         pool = self.pools[pool_id]
-        self._check_open(pool)
+        self.gate.check_open(pool, now)
         check = admission.check_lengths if are_tokens_exact else admission.check_bounds
         max_tokens = check(request, pool.spec, prompt_tokens)
         self._number += 1
@@ -117,7 +123,7 @@ class Scheduler:
             request=request,
             task_id=task_id,
             number=self._number,
-            pool_id=pool_id,
+            pool=pool,
             seed=seed,
             max_tokens=max_tokens,
             correlation_id=correlation_id,
@@ -125,63 +131,38 @@ class Scheduler:
             deadline_s=None if request.deadline_ms is None else now + request.deadline_ms / 1000,
             tokens_in=sum(prompt_tokens) if are_tokens_exact else None,
         )
-        self._check_deadline(pool, task, now)
+        self.gate.check_deadline(pool, task, now)
         self._enqueue(pool, task, now)
+        self.settle(now)
+        self._remember_prediction(task, now)
         return Verdict(task, is_repeat=False)
-
-    def _check_open(self, pool: Pool) -> None:
-        if self.is_draining or pool.is_draining:
-            raise refusals.ending(pool)
-        if not pool.is_live:
-            raise refusals.gone(pool)
-
-    def _check_deadline(self, pool: Pool, task: Task, now: float) -> None:
-        if task.deadline_s is None:
-            return
-        wait_s = self.predictor.newcomer_wait_s(pool, task, self.tasks, now)
-        if wait_s is None or now + wait_s < task.deadline_s:
-            return
-        raise refusals.cannot_be_met(pool, task, wait_s, self.predictor.advice_ms(pool, self.tasks, now))
 
     def _enqueue(self, pool: Pool, task: Task, now: float) -> None:
         """Start at once when nobody is ahead and a slot is free; else queue."""
-        self.tasks[task.task_id] = task
-        self._effects.append(Admitted(task.task_id))
-        if pool.queue.has_ahead_of(task.priority) or not self._place(pool, task, now):
+        self._table.add(task)
+        self._emit(Admitted(task.task_id))
+        if pool.queue.has_ahead_of(task.priority) or not self._dispatcher.place(pool, task, now):
             try:
                 dropped = pool.queue.put(task.task_id, task.priority)
             except QueueFull:
-                del self.tasks[task.task_id]
+                self._table.withdraw(task)
                 self._effects.pop()
-                raise self._no_room(pool, now) from None
+                raise self.gate.no_room(pool, now) from None
             if dropped is not None:
                 wait_ms = self.predictor.advice_ms(pool, self.tasks, now)
                 self._end(self.tasks[dropped], TaskEvent.FAIL, now, refusals.dropped(pool, wait_ms))
-                self._dispatch(pool, now)  # the dropped one may have been a head that nobody could pass
-        if task.deadline_s is not None:
-            insort(self._deadlines, (task.deadline_s, task.number, task.task_id))
+                self._dispatcher.dispatch(pool, now)  # the dropped one may have been a head that nobody could pass
 
-    # -- starting ----------------------------------------------------------------------------------------------------
+    def _remember_prediction(self, task: Task, now: float) -> None:
+        """What the task is told now, to be held against the truth later (HP-PLC-3)."""
+        if task.state is TaskState.QUEUED:
+            start_in_s = self.predictor.outlooks(task.pool, self.tasks, now)[task.task_id].start_in_s
+            task.predicted_s = None if start_in_s is None else now + start_in_s
 
-    def _dispatch(self, pool: Pool, now: float) -> None:
-        """Start tasks from the head of the queue while there is a place for it. The head is never overtaken, so a
-        strict task that needs a whole replica gets it once the running ones end."""
-        while (head := pool.queue.head()) is not None and self._place(pool, self.tasks[head], now):
-            pool.queue.remove(head)
-
-    def _place(self, pool: Pool, task: Task, now: float) -> bool:
-        exclusive = task.is_strict and pool.spec.strict_needs_exclusive
-        found = placement.candidates(pool.replicas.values(), self.devices, exclusive=exclusive)
-        chosen = placement.pick(found)
-        if chosen is None:
-            return False
-        task.placement = placement.reasons(chosen, found)
-        task.lease = chosen.replica.take(task.task_id, exclusive=exclusive)
-        task.replica_id = chosen.replica.replica_id
-        task.started_s = now
-        task.step(TaskEvent.START)
-        self._effects.append(Start(task.task_id))
-        return True
+    def settle(self, now: float) -> None:
+        """See that who waits gets a replica, and that no model keeps memory that nobody needs."""
+        self.rollouts.settle(now)
+        self.fleet.settle(now)
 
     # -- ending ------------------------------------------------------------------------------------------------------
 
@@ -189,15 +170,15 @@ class Scheduler:
         """End a task for its client. Nothing when it has ended already (HP-STR-6)."""
         task = self.known(task_id)
         if task.state not in ENDED:
-            pool = self.pools[task.pool_id]
-            self._end(task, TaskEvent.CANCEL, now, refusals.canceled(pool))
-            self._dispatch(pool, now)
+            self._end(task, TaskEvent.CANCEL, now, refusals.canceled(task.pool))
+            self._dispatcher.dispatch(task.pool, now)
+            self.settle(now)
 
     def cancel_all(self, now: float) -> None:
         """End every task that runs or waits, because the service ends."""
         for task in list(self.tasks.values()):
             if task.state not in ENDED:
-                self._end(task, TaskEvent.CANCEL, now, refusals.service_ended(self.pools[task.pool_id]))
+                self._end(task, TaskEvent.CANCEL, now, refusals.service_ended(task.pool))
 
     # What engines report comes late at times: a lost replica's tasks have ended by then, or are forgotten.
 
@@ -210,12 +191,13 @@ class Scheduler:
         """The engine ran the task to its end and its slot is free."""
         if (task := self.tasks.get(task_id)) is None:
             return
-        if task.state is TaskState.RUNNING and task.started_s is not None:
+        if task.state is TaskState.RUNNING and task.started_s is not None and task.lease is not None:
             task.tokens_in, task.tokens_out, task.outcome = outcome.tokens_in, outcome.tokens_out, outcome
-            self.predictor.learn(task.pool_id, now - task.started_s, outcome)
+            replica = self.replicas[task.lease.replica_id]
+            self.predictor.learn(task.pool, replica, now - task.started_s, outcome)
+            self._dispatcher.remember(task, replica)
             self._end(task, TaskEvent.FINISH, now, None)
         self._release(task, now)
-        self._dispatch(self.pools[task.pool_id], now)
 
     def failed(self, task_id: str, error: LlorchError, now: float, *, is_replica_sound: bool = True) -> None:
         """The engine gave up on the task, and its slot is free; or `replica_lost` comes next, and frees it."""
@@ -225,13 +207,11 @@ class Scheduler:
             self._end(task, TaskEvent.FAIL, now, error, abort=False)
         if is_replica_sound:
             self._release(task, now)
-            self._dispatch(self.pools[task.pool_id], now)
 
     def released(self, task_id: str, now: float) -> None:
         """The engine has let go of an aborted task's slot."""
         if (task := self.tasks.get(task_id)) is not None:
             self._release(task, now)
-            self._dispatch(self.pools[task.pool_id], now)
 
     def progressed(self, task_id: str, tokens: int) -> None:
         """The engine decoded this many more tokens of the task."""
@@ -242,124 +222,161 @@ class Scheduler:
         was_running = task.state is TaskState.RUNNING
         task.step(event)
         task.ended_s, task.error = now, error
-        pool = self.pools[task.pool_id]
-        pool.tokens_in += task.tokens_in or 0
-        pool.tokens_out += task.tokens_out
+        counted = self.pools.get(task.pool_id, task.pool)  # a pool's counts outlive its model
+        counted.tokens_in += task.tokens_in or 0
+        counted.tokens_out += task.tokens_out
         if was_running and abort and event is not TaskEvent.FINISH:
-            self._effects.append(Abort(task.task_id))
+            self._emit(Abort(task.task_id))
         if not was_running:
-            pool.queue.remove(task.task_id)
-        if task.deadline_s is not None:
-            del self._deadlines[bisect_left(self._deadlines, (task.deadline_s, task.number, task.task_id))]
+            task.pool.queue.remove(task.task_id)
+        self._table.settle_deadline(task)
         task.forget_texts()
-        self._effects.append(Ended(task.task_id))
-        self._retire(task, now)
+        self._emit(Ended(task.task_id))
+        self._table.retire(task, now)
+
+    def _let_go(self, task: Task, now: float) -> None:
+        if task.lease is not None:
+            if (replica := self.replicas.get(task.lease.replica_id)) is not None:
+                replica.release(task.lease, task.task_id, now)
+            task.lease = None
+            self._table.retire(task, now)
 
     def _release(self, task: Task, now: float) -> None:
-        if task.lease is not None:
-            self.replicas[task.lease.replica_id].release(task.lease, task.task_id)
-            task.lease = None
-            self._retire(task, now)
+        self._let_go(task, now)
+        self._dispatcher.dispatch(task.pool, now)
+        self.settle(now)
 
-    # -- replicas ----------------------------------------------------------------------------------------------------
+    def _end_all_of(self, pool: Pool, error: LlorchError, now: float, *, running_too: bool = False) -> None:
+        for task in [self.tasks[task_id] for task_id in pool.queue]:
+            self._end(task, TaskEvent.FAIL, now, error)
+        for task in list(self.tasks.values()) if running_too else []:
+            if task.pool is pool and task.state is TaskState.RUNNING:
+                self._end(task, TaskEvent.FAIL, now, error)
+
+    # -- replicas and devices ----------------------------------------------------------------------------------------
 
     def replica_ready(self, replica_id: str, *, slots: int, model_digest: str, now: float) -> None:
         replica = self.replicas[replica_id]
-        pool = self.pools[replica.pool_id]
+        if replica.state is not ReplicaState.LOADING:  # it was told to end while it reported
+            return
+        pool = self.fleet.owner(replica)
+        self.predictor.learn_load(pool, replica, now)
         replica.mark_ready(slots, now)
         pool.model_digest = model_digest
-        self._dispatch(pool, now)
+        self.rollouts.came(replica)
+        self._dispatcher.dispatch(pool, now)
+        self.settle(now)
 
-    def replica_lost(self, replica_id: str, reason: str, now: float) -> None:
-        """Its worker is gone. Its tasks end with WORKER_RESET and nothing else is disturbed (HP-PLC-7)."""
+    def replica_lost(self, replica_id: str, reason: str, now: float, *, is_shortage: bool = False) -> None:
+        """Its worker is gone. Its tasks end with WORKER_RESET and nothing else is disturbed (HP-PLC-7). `is_shortage`:
+        it could not be loaded because its devices had less room than was thought."""
         replica = self.replicas[replica_id]
-        pool = self.pools[replica.pool_id]
+        pool = self.fleet.owner(replica)
         for task_id in dict.fromkeys(replica.leases.values()):
             task = self.tasks[task_id]
             if task.state is TaskState.RUNNING:
                 self._end(task, TaskEvent.FAIL, now, refusals.reset(pool, replica_id, reason))
-            self._release(task, now)
-        replica.mark_lost(reason, now, may_restart=not self.is_draining)
+            self._let_go(task, now)
+        if self.rollouts.of(replica) is not None and not self.is_draining:
+            replica.mark_failed_load(reason, now)
+            self.rollouts.failed(replica.pool_id, reason, now)
+        elif is_shortage and not self.is_draining:
+            self.fleet.ran_short(replica, reason, now)
+        else:
+            replica.mark_lost(reason, now, may_restart=not self.is_draining)
         if not pool.is_live:
-            self._fail_queue(pool, now)
+            self._end_all_of(pool, refusals.gone(pool), now)
+        self.settle(now)
 
     def replica_explained(self, replica_id: str, reason: str) -> None:
         """The true reason of a loss that was first seen from its effects, such as a connection that broke."""
-        self.replicas[replica_id].last_error = reason
+        if (replica := self.replicas.get(replica_id)) is not None:
+            replica.last_error = reason
 
-    def _fail_queue(self, pool: Pool, now: float) -> None:
-        for task_id in list(pool.queue):
-            self._end(self.tasks[task_id], TaskEvent.FAIL, now, refusals.gone(pool))
+    def replica_unloaded(self, replica_id: str, now: float) -> None:
+        """Its worker is gone as it was told, and its memory is back."""
+        replica = self.replicas[replica_id]
+        if replica.state is ReplicaState.UNLOADING:
+            replica.mark_unloaded()
+        self.settle(now)
 
-    def device_seen(self, device_id: str, vram_free_bytes: int) -> None:
-        """What the device layer measured."""
-        self.devices[device_id].vram_free_bytes = vram_free_bytes
+    def device_seen(
+        self, device_id: str, vram_free_bytes: int, now: float, problem: str | None = None, *, is_lost: bool = False
+    ) -> None:
+        """What the device layer measured. Tasks whose pool has nothing but lost devices left are sent back."""
+        if self.fleet.device_seen(device_id, vram_free_bytes, problem, is_lost=is_lost):
+            for pool in self.fleet.every_pool():
+                if (lost := self.fleet.lost_devices(pool)) is not None:
+                    self._end_all_of(pool, refusals.without_devices(pool, lost), now)
+
+    # -- pools -------------------------------------------------------------------------------------------------------
+
+    def want(self, pool: Pool, now: float) -> None:
+        """Somebody could not be queued because the pool's model is not loaded: load it, the request will come again."""
+        self.fleet.want(pool, now)
+        self.settle(now)
+
+    def drain_pool(self, pool_id: str, deadline_s: float, now: float) -> None:
+        """Take no new tasks for the pool; at the time `deadline_s` end what it still has; unload it."""
+        pool = self.pool(pool_id)
+        pool.is_draining, pool.drain_until_s = True, deadline_s
+        self.rollouts.failed(pool_id, "the pool was drained", now)
+        self.tick(now)
+
+    def reload_pool(self, pool_id: str, new: Pool, now: float) -> None:
+        """Put another model in the pool's place: see rollout.py."""
+        old = self.pool(pool_id)
+        if self.is_draining:
+            raise refusals.ending(old)
+        if self.rollouts.is_under_way(pool_id):
+            raise Conflict(f"pool {pool_id} is being reloaded already ({old.last_reload}); wait for its outcome")
+        self.rollouts.begin(old, new, now)
+        self.settle(now)
 
     # -- time --------------------------------------------------------------------------------------------------------
 
     def drain(self, now: float) -> None:
-        """Take nothing more. What waits is sent back; what runs may finish."""
-        self.is_draining = True
+        """The service ends: take nothing more. What waits is sent back; what runs may finish."""
+        self.fleet.is_ending = True
         for replica in self.replicas.values():
-            if replica.state is ReplicaState.BACKOFF:
+            is_idle_load = replica.state is ReplicaState.LOADING and not replica.is_launched
+            if is_idle_load or replica.state in (ReplicaState.BACKOFF, ReplicaState.UNLOADED):
                 replica.mark_stopped()
-        for pool in self.pools.values():
+        for pool in self.fleet.every_pool():
             pool.is_draining = True
-            for task_id in list(pool.queue):
-                self._end(self.tasks[task_id], TaskEvent.FAIL, now, refusals.ending(pool))
+            self._end_all_of(pool, refusals.ending(pool), now)
 
     @property
     def is_idle(self) -> bool:
         """No slot is held and nothing waits."""
-        return not any(r.leases for r in self.replicas.values()) and not any(len(p.queue) for p in self.pools.values())
+        return all(pool.is_idle for pool in self.fleet.every_pool())
 
     def tick(self, now: float) -> None:
         """Let time pass: retention, deadlines, restarts; in this order, so no task ends and is forgotten at once."""
-        while self._ended and (self._ended[0][0] + self._retain_s <= now or len(self._ended) > RETAINED_MAX):
+        while self._table.is_crowded(now):
             self.forget_oldest()
-        while self._deadlines and self._deadlines[0][0] <= now:
-            task = self.tasks[self._deadlines[0][2]]
-            self._end(task, TaskEvent.FAIL, now, refusals.too_late(self.pools[task.pool_id], task))
-            self._dispatch(self.pools[task.pool_id], now)
-        for replica in self.replicas.values():
-            if replica.retry_at_s is not None and replica.retry_at_s <= now:
-                replica.mark_loading(now)
-                self._effects.append(Load(replica.replica_id))
-
-    def _retire(self, task: Task, now: float) -> None:
-        """Once a task has ended and holds nothing, its time of retention begins."""
-        if task.state in ENDED and task.lease is None:
-            self._ended.append((now, task.task_id))
+        while (task := self._table.next_late(now)) is not None:
+            self._end(task, TaskEvent.FAIL, now, refusals.too_late(task.pool, task))
+        for pool in self.fleet.every_pool():
+            if pool.drain_until_s is not None and pool.drain_until_s <= now:
+                pool.drain_until_s = None
+                self._end_all_of(pool, refusals.drained(pool), now, running_too=True)
+            self._dispatcher.dispatch(pool, now)
+        if not self.is_draining:
+            self.fleet.tick(now)
+        self.settle(now)
 
     def forget_oldest(self) -> bool:
         """Give up the task that ended first; False when there is none."""
-        if not self._ended:
-            return False
-        _, task_id = self._ended.popleft()
-        del self.tasks[task_id]
-        self._effects.append(Forget(task_id))
-        return True
+        task_id = self._table.forget_oldest()
+        if task_id is not None:
+            self._emit(Forget(task_id))
+        return task_id is not None
 
     def next_due(self) -> float | None:
         """When `tick` has something to do next."""
-        due = [replica.retry_at_s for replica in self.replicas.values() if replica.retry_at_s is not None]
-        if self._deadlines:
-            due.append(self._deadlines[0][0])
-        if self._ended:
-            ended_s = self._ended[0][0]
-            due.append(ended_s if len(self._ended) > RETAINED_MAX else ended_s + self._retain_s)
+        due = self._table.next_due()
+        due += [pool.drain_until_s for pool in self.fleet.every_pool() if pool.drain_until_s is not None]
+        if not self.is_draining and (fleet_due := self.fleet.next_due()) is not None:
+            due.append(fleet_due)
         return min(due, default=None)
-
-    # -- reading -----------------------------------------------------------------------------------------------------
-
-    def known(self, task_id: str) -> Task:
-        try:
-            return self.tasks[task_id]
-        except KeyError:
-            raise NotFound(f"no task {task_id}; ended tasks are kept for {self._retain_s:.0f} s") from None
-
-    def pool(self, pool_id: str) -> Pool:
-        try:
-            return self.pools[pool_id]
-        except KeyError:
-            raise NotFound(f"no pool {pool_id!r}; the pools are: {', '.join(self.pools)}") from None

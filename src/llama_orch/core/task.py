@@ -10,6 +10,8 @@ import msgspec
 from msgspec import structs
 
 from llama_orch.contract.models import Determinism, FinishReason, Priority, TaskRequest, TaskState
+from llama_orch.core.pool import Pool
+from llama_orch.core.replica import Lease
 from llama_orch.errors import LlorchError
 
 
@@ -35,14 +37,6 @@ ENDED = frozenset({TaskState.SUCCEEDED, TaskState.FAILED, TaskState.CANCELED})
 
 
 @dataclass(frozen=True, slots=True)
-class Lease:
-    """A task's hold on slots of one replica. `slots` has one element, or all of the replica's when exclusive."""
-
-    replica_id: str
-    slots: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
 class Outcome:
     """What the engine reported of a task that ran to its end."""
 
@@ -51,6 +45,8 @@ class Outcome:
     decode_ms: int
     finish_reason: FinishReason
     is_kv_warm: bool
+    prefill_ms: float = 0.0
+    tokens_cached: int = 0
 
 
 def request_digest(request: TaskRequest) -> bytes:
@@ -65,7 +61,7 @@ class Task:
     request: TaskRequest
     task_id: str
     number: int  # counts admissions; orders lists and ties
-    pool_id: str
+    pool: Pool  # the very one: another model may take its id while the task is there
     seed: int
     max_tokens: int
     correlation_id: str
@@ -79,12 +75,17 @@ class Task:
     started_s: float | None = None
     ended_s: float | None = None
     tokens_out: int = 0
+    predicted_s: float | None = None  # when it was to start, as told at its admission
     outcome: Outcome | None = None
     error: LlorchError | None = None
     request_digest: bytes = field(init=False)
 
     def __post_init__(self) -> None:
         self.request_digest = request_digest(self.request)
+
+    @property
+    def pool_id(self) -> str:
+        return self.pool.spec.pool_id
 
     @property
     def is_strict(self) -> bool:

@@ -7,6 +7,7 @@ an engine is visible outside this package.
 
 from __future__ import annotations
 
+import re
 from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +24,10 @@ class LoadFailed(EngineError):
     """The worker could not load its model (bad file, unsupported architecture, no memory, stalled)."""
 
 
+class OutOfMemory(LoadFailed):
+    """The device had no room for what the model needs: another try may work once something else has left it."""
+
+
 class WorkerLost(EngineError):
     """The worker died, broke its connection or answered nonsense while it was needed."""
 
@@ -37,6 +42,34 @@ class EngineBusy(EngineError):
 
 class DecodeStalled(EngineError):
     """No token came for longer than the job's idle limit; the worker must be replaced."""
+
+
+# How libraries word a failed allocation: llama.cpp on cards and on a CPU, cuBLAS and Vulkan below it, C++, Python and
+# the system; the last one is ctransformers', whose buffer has no words for it.
+_OUT_OF_MEMORY = re.compile(
+    r"out of memory|std::bad_alloc|MemoryError|[Cc]annot allocate memory|insufficient memory|ErrorOutOf\w*Memory"
+    r"|(?:failed|unable) to allocate (?:\S+ ){0,4}(?:buffers?|memory|graph)\b"
+    r"|failed to allocate +[\d.]+ (?:MB|MiB|bytes)"
+    r"|alloc_buffer: allocating .* failed"
+    r"|[Mm]emory allocation of (?:size )?\d+ (?:bytes )?failed"
+    r"|CUBLAS_STATUS_ALLOC_FAILED|the resource allocation failed"
+    r"|GGML_ASSERT: \S*llama\.cpp:\d+: data$"
+)
+# Allocations that llama.cpp can do without.
+_SPARED = re.compile(r"pinned memory|prompt cache|async uploads")
+
+
+def is_out_of_memory(reason: str) -> bool:
+    """Whether a reason (of a failed load, of a lost worker, or one line of an engine's log) tells of a lack of memory.
+
+    A process that the kernel killed for memory's sake says nothing, and so is none: its reason is only SIGKILL.
+    """
+    return bool(_OUT_OF_MEMORY.search(reason)) and not _SPARED.search(reason)
+
+
+def load_failed(reason: str) -> LoadFailed:
+    """The exception for a load that failed for this reason."""
+    return OutOfMemory(reason) if is_out_of_memory(reason) else LoadFailed(reason)
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,10 +164,10 @@ class Worker(Protocol):
     """One running replica. `ready` is awaited once, before anything else."""
 
     async def ready(self) -> WorkerFacts:
-        """Return once the model is loaded; raise LoadFailed when it cannot be."""
+        """Return once the model is loaded; raise LoadFailed when it cannot be, OutOfMemory when it has no room."""
 
     async def lost(self) -> str:
-        """Return when the worker has died, with the reason as one line for people."""
+        """Return when the worker has died, with the reason as one line for people; `is_out_of_memory` judges it."""
 
     async def count_tokens(self, text: str) -> int:
         """Tokens of `text` as the model's own tokenizer counts them, the start-of-text token included."""

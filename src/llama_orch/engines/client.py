@@ -14,7 +14,15 @@ from typing import TypeVar
 
 import msgspec
 
-from llama_orch.engines.base import DecodeStalled, EngineError, Job, JobRefused, WorkerLost
+from llama_orch.engines.base import (
+    DecodeStalled,
+    EngineBusy,
+    EngineError,
+    Job,
+    JobRefused,
+    WorkerLost,
+    is_out_of_memory,
+)
 from llama_orch.engines.exchange import Exchange
 from llama_orch.engines.seeds import map_seed
 
@@ -143,7 +151,8 @@ class LlamaClient:
         await self.request("POST", f"/slots/{slot}?action=erase", {})
 
     async def request(self, method: str, path: str, body: object = None) -> bytes:
-        """One request, the whole body of its answer. Raises JobRefused for 4xx and WorkerLost for the rest."""
+        """One request, the whole body of its answer. Raises JobRefused for 4xx (EngineBusy where memory
+        was lacking) and WorkerLost for the rest."""
         exchange = Exchange(self._socket_path)
         try:
             async with asyncio.timeout(_REQUEST_TIMEOUT_S):
@@ -339,6 +348,8 @@ def _refusal(http_status: int, body: bytes) -> EngineError:
 def _as_exception(fault: Fault) -> EngineError:
     """A fault of the job (4xx, or a context that ran full in mid-stream) leaves the worker sound, others do not."""
     if 400 <= fault.code < 500 and fault.code != 401:
+        if is_out_of_memory(fault.message):  # how llama.cpp answers when it cannot hold the request itself
+            return EngineBusy(f"the worker has no memory for the request: {fault.message}")
         return JobRefused(fault.message)
     if "context size" in fault.message.lower():
         return JobRefused(fault.message)

@@ -21,6 +21,7 @@ from llama_orch.engines.base import (
     ReplicaSpec,
     WorkerFacts,
     WorkerLost,
+    load_failed,
 )
 from llama_orch.engines.client import CompletionEvent, CompletionStream, LlamaClient, Timings, completion_body
 from llama_orch.engines.process import STALL_TIMEOUT_S, WorkerProcess
@@ -48,7 +49,8 @@ class HttpWorker:
         except BaseException as error:
             await self._process.kill()
             if isinstance(error, EngineError):
-                raise LoadFailed(f"the worker loaded the model but does not answer: {error}") from error
+                reasons = filter(None, (str(error), self._process.log.fatal_error))
+                raise load_failed(f"the worker loaded the model but does not answer: {'; '.join(reasons)}") from error
             raise
         return WorkerFacts(
             engine_version=line.engine_version,
@@ -136,7 +138,10 @@ async def launch_worker(
 ) -> HttpWorker:
     """Start workers/<module> for `spec`, with the engine's own `settings` beside those that every worker takes."""
     fields = {"engine": engine, "pool_id": spec.pool_id, "replica_id": spec.replica_id}
-    process = WorkerProcess(f"llama_orch.workers.{module}", fields, stall_timeout_s)
+    try:
+        process = WorkerProcess(f"llama_orch.workers.{module}", fields, stall_timeout_s)
+    except OSError as error:
+        raise LoadFailed(f"the worker has no folder to live in: {error.strerror or error}") from error
     socket_path = process.folder / "engine.sock"
     api_key = secrets.token_hex(32)
     configuration = {

@@ -20,7 +20,7 @@ from typing import cast
 
 import msgspec
 
-from llama_orch.engines.base import LoadFailed
+from llama_orch.engines.base import LoadFailed, load_failed
 from llama_orch.engines.private_folder import make_private_folder, remove_private_folder
 from llama_orch.engines.worker_log import WorkerLog
 
@@ -75,7 +75,7 @@ class WorkerProcess(asyncio.SubprocessProtocol):
         except BaseException as error:
             remove_private_folder(self.folder)
             if isinstance(error, OSError):
-                raise LoadFailed(f"the worker's process could not be started: {error.strerror}") from error
+                raise load_failed(f"the worker's process could not be started: {error.strerror}") from error
             raise
         self._transport = transport
         self.pid = transport.get_pid()
@@ -91,14 +91,14 @@ class WorkerProcess(asyncio.SubprocessProtocol):
             await self._wait_for_ready_line()
             if not self._stdout:
                 how = await self.lost()
-                raise LoadFailed(f"the worker ended while it loaded the model: {self._load_error(how)}")
+                raise load_failed(f"the worker ended while it loaded the model: {self._load_error(how)}")
             try:
                 line = msgspec.json.decode(self._stdout, type=ReadyLine)
             except msgspec.DecodeError as error:
                 raise LoadFailed("the worker's ready line is not what was agreed") from error
             if not line.ready:
                 await self._last_words()
-                raise LoadFailed(self._load_error(line.error))
+                raise load_failed(self._load_error(line.error))
             return line
         except BaseException:
             await self.kill()

@@ -24,6 +24,7 @@ from llama_orch.engines.base import (
     ReplicaSpec,
     WorkerFacts,
     WorkerLost,
+    load_failed,
 )
 from llama_orch.workers.stop_strings import StopStrings
 
@@ -60,13 +61,14 @@ class SimulatedEngine:
     """Launches simulated workers. `service` and `load_error` may be changed at any time: later launches follow.
 
     `service` may be one for all or depend on the replica (a slower card, a larger model). `on_launch` sees each worker
-    before it begins to load, and may act on it.
+    before it begins to load, and may act on it. `load_error` as a text becomes the exception that a real engine's last
+    words would; an exception is raised as it is.
     """
 
     def __init__(
         self,
         service: ServiceModel | Callable[[ReplicaSpec], ServiceModel] = ServiceModel(),
-        load_error: str | None = None,
+        load_error: str | LoadFailed | None = None,
         *,
         strict_needs_exclusive: bool = False,
         on_launch: Callable[[SimulatedWorker], None] | None = None,
@@ -116,7 +118,7 @@ class SimulatedWorker:
         self,
         spec: ReplicaSpec,
         service: ServiceModel,
-        load_error: str | None = None,
+        load_error: str | LoadFailed | None = None,
         rivals: Callable[[], int] = lambda: 0,
     ) -> None:
         self.spec = spec
@@ -192,10 +194,11 @@ class SimulatedWorker:
         if not self._runs.is_set() and not await self._first_of(self._runs, LOAD_SILENCE_S):
             self.crash(f"no sign of life for {LOAD_SILENCE_S:g} s")
         if not self.is_alive:
-            raise LoadFailed(f"the worker ended while it loaded the model: {self._end_reason}")
+            raise load_failed(f"the worker ended while it loaded the model: {self._end_reason}")
         if self._load_error is not None:
-            self.crash(self._load_error)
-            raise LoadFailed(self._load_error)
+            error = self._load_error if isinstance(self._load_error, LoadFailed) else load_failed(self._load_error)
+            self.crash(str(error))
+            raise error
         self.is_ready = True
         return WorkerFacts(_VERSION, self.spec.slots, self.spec.ctx, load_ms=round(self._load_s * 1000))
 

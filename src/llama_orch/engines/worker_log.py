@@ -11,6 +11,8 @@ import re
 from collections import deque
 from collections.abc import Mapping
 
+from llama_orch.engines.base import is_out_of_memory
+
 _log = logging.getLogger("llama_orch.worker")
 
 _LINES_KEPT = 50
@@ -20,9 +22,11 @@ _MIB = 1024 * 1024
 # llama.cpp's own prefix: "0.00.004.952 E gguf_init…": minutes.seconds.milliseconds.microseconds, then the level.
 _LEVEL = re.compile(r"\d+\.\d+\.\d+\.\d+ ([A-Z]) ")
 # These explain a death at any time; the others only a load that failed, where the first one is nearest to the cause.
-_FATAL = re.compile(
-    r"GGML_ASSERT|GGML_ABORT|CUDA error|cudaMalloc failed|out of memory|terminate called|Segmentation fault"
-)
+_FATAL = re.compile(r"GGML_ASSERT|GGML_ABORT|CUDA error|cudaMalloc failed|terminate called|Segmentation fault")
+# What an engine says before it dies of it; a backtrace may follow. After more lines than this it has lived on.
+_FATAL_LINES = 200
+# The C++ runtime names the exception's type on one line and what it said on the next.
+_WHAT = re.compile(r"what\(\): +")
 _ERROR = re.compile(r"failed to |error loading|error: |Error: ")
 _BUFFER = re.compile(r"(\S+)\s+(model|KV|compute|output|RS) buffer size =\s*([\d.]+) MiB")
 _BUFFER_KINDS = {"model": "weights", "KV": "kv", "compute": "compute", "output": "output", "RS": "state"}
@@ -36,11 +40,19 @@ class WorkerLog:
     def __init__(self, fields: Mapping[str, str]) -> None:
         self.lines: deque[str] = deque(maxlen=_LINES_KEPT)
         self.first_error = ""
-        self.fatal_error = ""
+        self._fatal_error = ""
+        self._fatal_at = -_FATAL_LINES  # the number of that line, or of the last one of its kind
+        self._lines_taken = 0
         self.buffer_bytes: dict[str, int] = {}
         self._fields = dict(fields)
         self._tail = b""
         self._secrets: list[str] = []
+
+    @property
+    def fatal_error(self) -> str:
+        """The line that explains the worker's death, if it dies now: the first that tells of a lack of memory, else the
+        last that an engine says before it aborts."""
+        return self._fatal_error if self._lines_taken - self._fatal_at < _FATAL_LINES else ""
 
     def redact(self, secret: str) -> None:
         """Strike this text from every line to come."""
@@ -71,6 +83,7 @@ class WorkerLog:
         for secret in self._secrets:
             line = line.replace(secret, "[redacted]")
         self.lines.append(line)
+        self._lines_taken += 1
         is_error = self._note_error(line)
         self._note_buffer(line)
         _log.log(logging.WARNING if is_error else logging.DEBUG, line, extra={"fields": self._fields})
@@ -79,8 +92,13 @@ class WorkerLog:
         """Remember the line if it explains a failure; True when it is an error at all."""
         level = _LEVEL.match(line)
         text = _LEVEL.sub("", line).strip()
-        if _FATAL.search(text):
-            self.fatal_error = text
+        if _WHAT.match(text) and self._fatal_at == self._lines_taken - 1:
+            text = f"{self._fatal_error}: {_WHAT.sub('', text)}"
+        is_memory = (level is None or level[1] == "E") and is_out_of_memory(text)
+        if is_memory or _FATAL.search(text):
+            if not is_out_of_memory(self.fatal_error):
+                self._fatal_error = text
+            self._fatal_at = self._lines_taken
             return True
         is_error = level[1] == "E" if level else bool(_ERROR.search(text))
         if is_error and not self.first_error:

@@ -11,10 +11,8 @@ import math
 import os
 import tempfile
 from contextlib import suppress
-from dataclasses import astuple, dataclass, replace
+from dataclasses import astuple, dataclass
 from pathlib import Path
-
-from llama_orch.models.memory import MemoryNeed
 
 ENTRIES_MAX = 500
 # How far another load of the same model may move a forecast. Less is trusted to shrink one than to enlarge it: too
@@ -64,14 +62,14 @@ class Calibration:
     def __len__(self) -> int:
         return len(self._entries)
 
-    def record(self, key: CalibrationKey, need: MemoryNeed, measured_bytes: int) -> None:
+    def record(self, key: CalibrationKey, predicted_bytes: int, measured_bytes: int) -> None:
         """Remember what a load took on its device, in bytes, beside the uncorrected forecast for it.
 
         `measured_bytes` is all of it: what the driver counts for the process, or the engine's own buffers plus the
         forecast's overhead. Figures that no load can have are dropped. OSError when the file cannot be written; the
         measurement is used all the same until the process ends.
         """
-        entry = _Entry(need.total_bytes, measured_bytes)
+        entry = _Entry(predicted_bytes, measured_bytes)
         if not _is_sound(key, entry):
             return
         self._entries.pop(key, None)  # the newest is last, and the oldest is forgotten first
@@ -80,25 +78,25 @@ class Calibration:
             del self._entries[oldest]
         self._write()
 
-    def corrected(self, need: MemoryNeed, key: CalibrationKey) -> MemoryNeed:
-        """The forecast with the total that experience suggests, in bytes; the parts stay as they were predicted.
+    def corrected(self, predicted_bytes: int, key: CalibrationKey) -> int:
+        """The total in bytes that experience suggests.
 
         The same key's measurement as it is; else the nearest load of the same model on the same backend moves the
-        total by its ratio, within bounds; else the forecast itself.
+        forecast by its ratio, within bounds; else the forecast itself.
         """
         exact = self._entries.get(key)
         if exact is not None:
-            return replace(need, total_bytes=exact.measured_bytes, is_certain=True)
+            return exact.measured_bytes
         alike = [
             (_distance(key, other), order, entry)
             for order, (other, entry) in enumerate(reversed(self._entries.items()))
             if (other.model_digest, other.backend) == (key.model_digest, key.backend)
         ]
         if not alike:
-            return need
+            return predicted_bytes
         *_, nearest = min(alike, key=lambda one: one[:2])  # of equally near ones the newest
         ratio = min(max(nearest.ratio, RATIO_MIN), RATIO_MAX)
-        return replace(need, total_bytes=math.ceil(need.total_bytes * ratio))
+        return math.ceil(predicted_bytes * ratio)
 
     def _write(self) -> None:
         lines = [[*astuple(key), *astuple(entry)] for key, entry in self._entries.items()]

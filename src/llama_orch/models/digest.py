@@ -27,8 +27,7 @@ class Digests:
 
     def of(self, path: Path) -> str:
         """`sha256:` and the digest. Blocks for as long as reading the file takes: call it in a thread."""
-        stat = path.stat()
-        key = f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}|{stat.st_ino}"
+        key = _key(path)
         with self._turn:  # replicas of one model ask at the same time; the file is read for the first of them
             known = self._read()
             if key not in known:
@@ -36,6 +35,13 @@ class Digests:
                 with suppress(OSError):  # a full disk costs the next start a read, not this one its model
                     self._write(dict(list(known.items())[-ENTRIES_MAX:]))
             return known[key]
+
+    def known(self, path: Path) -> str | None:
+        """The digest where it is remembered; the file is not read."""
+        try:
+            return self._read().get(_key(path))
+        except OSError:
+            return None
 
     def stop(self) -> None:
         """Give up whatever is being read: the service ends."""
@@ -65,3 +71,9 @@ class Digests:
             Path(name).replace(self._file)
         finally:
             Path(name).unlink(missing_ok=True)
+
+
+def _key(path: Path) -> str:
+    """What changes when the file does."""
+    stat = path.stat()
+    return f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}|{stat.st_ino}"

@@ -6,8 +6,9 @@ import logging
 from typing import Any
 
 from llama_orch.contract.models import TaskRequest, TaskState
-from llama_orch.core.pool import Pool, Replica
+from llama_orch.core.pool import Pool
 from llama_orch.core.prediction import Outlook
+from llama_orch.core.replica import Replica
 from llama_orch.core.task import Task
 from llama_orch.errors import LlorchError
 from llama_orch.observe.logs import event
@@ -82,6 +83,9 @@ class Journal:
     def started(self, task: Task, pool: Pool, now: float) -> None:
         labels = self._labels(pool, replica_id=task.replica_id or "", priority=task.priority.value)
         self._metrics.count("tasks_started_total", labels)
+        if task.predicted_s is not None:
+            error_ms = abs(now - task.predicted_s) * 1000
+            self._metrics.observe("prediction_error_ms", self._labels(pool, priority=task.priority.value), error_ms)
         event(
             log,
             logging.INFO,
@@ -129,6 +133,8 @@ class Journal:
             self._metrics.count("tasks_rejected_total", labels)
 
     def replica_ready(self, replica: Replica, pool: Pool, load_ms: int, buffer_bytes: dict[str, int]) -> None:
+        labels = self._labels(pool, device="+".join(replica.device_ids))
+        self._metrics.observe("latency_load_ms", labels, load_ms)
         event(
             replica_log,
             logging.INFO,
@@ -137,6 +143,17 @@ class Journal:
             load_ms=load_ms,
             slots=replica.slots,
             buffer_bytes=buffer_bytes or None,
+        )
+
+    def replica_unloading(self, replica: Replica, pool: Pool, reason: str) -> None:
+        labels = self._labels(pool, replica_id=replica.replica_id)
+        self._metrics.count("replica_evictions_total", {**labels, "reason": reason})
+        event(
+            replica_log,
+            logging.INFO,
+            f"replica {replica.replica_id} is unloaded: {reason}",
+            **labels,
+            vram_reserved_bytes=sum(replica.need_bytes.values()),
         )
 
     def replica_lost(self, replica: Replica, pool: Pool, reason: str, now: float) -> None:

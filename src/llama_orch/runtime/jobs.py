@@ -91,4 +91,6 @@ def _outcome(done: list[Completion]) -> Outcome:
         decode_ms=round(sum(one.decode_ms for one in done)),
         finish_reason=FinishReason(done[-1].finish_reason),
         is_kv_warm=any(one.tokens_cached > 0 for one in done),
+        prefill_ms=sum(one.prefill_ms for one in done),
+        tokens_cached=sum(one.tokens_cached for one in done),
     )

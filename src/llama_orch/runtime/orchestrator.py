@@ -8,50 +8,38 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine
 from contextlib import suppress
-from typing import Any, NamedTuple
+from typing import Any
 
 from msgspec import structs
 
 from llama_orch.clock import Clock, new_id, new_seed
 from llama_orch.context import correlation_id
 from llama_orch.contract.config import Settings
-from llama_orch.contract.models import MetricsFrame, ReplicaState, TaskRequest, TaskState
+from llama_orch.contract.models import MetricsFrame, TaskRequest, TaskState
 from llama_orch.core import admission
-from llama_orch.core.effects import Abort, Admitted, Effect, Ended, Forget, Load, Start
+from llama_orch.core.effects import Abort, Admitted, Effect, Ended, Forget, Start
 from llama_orch.core.pool import Pool
 from llama_orch.core.prediction import Outlook
 from llama_orch.core.scheduler import Scheduler
-from llama_orch.core.task import ENDED, Outcome, Task
-from llama_orch.devices.inventory import Source
-from llama_orch.engines.base import DecodeStalled, EngineBusy, JobRefused, WorkerFacts, WorkerLost
-from llama_orch.errors import (
-    DecodeTimeout,
-    Internal,
-    InvalidParams,
-    LlorchError,
-    ReplicaExhausted,
-)
+from llama_orch.core.task import Task
+from llama_orch.errors import Internal, LlorchError, NotFound, PoolUnready, ReplicaExhausted
 from llama_orch.observe.journal import Journal
-from llama_orch.runtime import jobs, views
+from llama_orch.runtime import views
+from llama_orch.runtime.builder import Builder
+from llama_orch.runtime.decoding import Decoding
 from llama_orch.runtime.intake import Intake, Measured
-from llama_orch.runtime.replicas import Listener, Replicas
+from llama_orch.runtime.keeper import Keeper
+from llama_orch.runtime.on_demand import Look, Shelf
+from llama_orch.runtime.replicas import Replicas
 from llama_orch.runtime.streams import Reader, TaskStream
 
 log = logging.getLogger("llama_orch.orchestrator")
 
-DEVICES_FRESH_S = 0.25
 FRESHEN_S = 1.0  # between two `metrics` frames of a task
 RETAINED_BYTES_MAX = 128 * 2**20  # of all streams together; beyond it the oldest ended tasks are forgotten
 DRAIN_LIMIT_S = 30.0  # for running tasks, once the service is told to end
-
-
-class Running(NamedTuple):
-    """A task and the asyncio task that decodes it."""
-
-    task: Task
-    job: asyncio.Task[None]
 
 
 class Orchestrator:
@@ -61,30 +49,32 @@ class Orchestrator:
         self,
         scheduler: Scheduler,
         replicas: Replicas,
+        builder: Builder,
+        look: Look,
         journal: Journal,
         clock: Clock,
         settings: Settings,
-        sources: Sequence[Source],
     ) -> None:
         self.scheduler = scheduler
         self.replicas = replicas
         self._journal = journal
         self._clock = clock
         self._settings = settings
-        self._sources = sources
         self._streams: dict[str, TaskStream] = {}
         self._intake = Intake(replicas, scheduler.predictor)
-        # By task number, not by task id: an id may come again while the job of its forgotten task still winds down.
-        self._prompts: dict[int, Sequence[str]] = {}
-        self._jobs: dict[int, Running] = {}
+        self._shelf = Shelf(settings, builder, scheduler, replicas, look)
+        self._keeper = Keeper(
+            scheduler, replicas, builder, journal, clock, self._spawn, self._perform, lambda: self._wake.set()
+        )
+        self._decoding = Decoding(
+            scheduler, replicas, journal, clock, settings, self._streams, self._spawn, self._perform
+        )
         self._group: asyncio.TaskGroup | None = None
         self._wake = asyncio.Event()
         self._idle = asyncio.Event()
         self._retained_bytes = 0
         self._fresh_until = 0.0
-        self._devices_fresh_until = 0.0
         self.streams_open = 0
-        replicas.listen(Listener(self._replica_ready, self._replica_lost, self.scheduler.replica_explained))
 
     # -- life --------------------------------------------------------------------------------------------------------
 
@@ -92,9 +82,7 @@ class Orchestrator:
         """Serve until canceled: start every replica, keep time. On the way out all workers are stopped."""
         async with asyncio.TaskGroup() as group:
             self._group = group
-            loading = [r.replica_id for r in self.scheduler.replicas.values() if r.state is ReplicaState.LOADING]
-            for replica_id in loading:
-                self._spawn(self.replicas.live(replica_id), f"replica {replica_id}")
+            self._keeper.load_configured()
             self._spawn(self._keep_time(), "time")
             try:
                 await asyncio.Event().wait()
@@ -134,23 +122,12 @@ class Orchestrator:
             with suppress(TimeoutError):
                 async with asyncio.timeout(wait_s):
                     await self._wake.wait()
-            self._look_at_devices()
+            self._keeper.look_at_devices()
             self.scheduler.tick(self._clock.now())
             self._perform()
             if self._clock.now() >= self._fresh_until:
                 self._fresh_until = self._clock.now() + FRESHEN_S
                 self._freshen()
-
-    def _look_at_devices(self) -> None:
-        """What is free on each device, for placement. A device that cannot be read keeps its last figure."""
-        if self._clock.now() < self._devices_fresh_until:
-            return
-        self._devices_fresh_until = self._clock.now() + DEVICES_FRESH_S
-        for source in self._sources:
-            try:
-                self.scheduler.device_seen(source.device.device_id, source.read_free_bytes())
-            except OSError as error:  # no descriptor left, for example: no reason to end the service
-                log.warning("device %s could not be read: %s", source.device.device_id, error)
 
     # -- the service's surface -----------------------------------------------------------------------------------------
 
@@ -162,17 +139,35 @@ class Orchestrator:
             earlier = self.scheduler.repeated(request)
             if earlier is not None:
                 return earlier
-            pool = self.scheduler.choose_pool(request)
+            pool = await self._pool_for(request)
             admission.check_request(request, pool.spec, self._settings.sampler_profiles)
-            self.scheduler.check_room(pool, request.priority, self._clock.now())  # before anything is spent on it
+            self.scheduler.gate.check_room(pool, request.priority, self._clock.now())  # before it costs anything
             return self._admit(pool, request, await self._intake.measure(pool, request, self._clock.now()))
         except LlorchError as error:
+            if isinstance(error, PoolUnready) and pool is not None:
+                self._see_it_loaded(pool)
             self._journal.refused(request, pool, error)
             raise
 
+    async def _pool_for(self, request: TaskRequest) -> Pool:
+        """A pool that serves what the request names; one that is made for it where there is none."""
+        try:
+            return self.scheduler.gate.choose_pool(request)
+        except NotFound as error:
+            made = await self._shelf.pool_for(request, error)
+        # What its engine cannot do of the request is refused as with any pool.
+        return admission.matching_pools([made], request)[0]
+
+    def _see_it_loaded(self, pool: Pool) -> None:
+        """The request cannot be judged before the model is there, and will come again: it has to find it."""
+        if pool is self.scheduler.pools.get(pool.spec.pool_id) and not pool.is_ready:
+            self.scheduler.want(pool, self._clock.now())
+            self._perform()
+            self._wake.set()
+
     def _admit(self, pool: Pool, request: TaskRequest, measured: Measured) -> Task:
         bounds = [admission.token_bound(prompt) for prompt in measured.prompts] if measured.counts is None else []
-        self._look_at_devices()
+        self._keeper.look_at_devices()
         verdict = self.scheduler.submit(
             request,
             task_id=request.task_id or new_id(),
@@ -184,7 +179,7 @@ class Orchestrator:
             now=self._clock.now(),
         )
         if not verdict.is_repeat:
-            self._prompts[verdict.task.number] = measured.prompts
+            self._decoding.prepare(verdict.task, measured.prompts)
             self._perform()
             self._wake.set()
         return verdict.task
@@ -214,8 +209,7 @@ class Orchestrator:
     def outlook(self, task: Task) -> Outlook:
         if task.state is not TaskState.QUEUED:
             return views.NOT_WAITING
-        pool = self.scheduler.pools[task.pool_id]
-        return self.scheduler.predictor.outlooks(pool, self.scheduler.tasks, self._clock.now())[task.task_id]
+        return self.scheduler.predictor.outlooks(task.pool, self.scheduler.tasks, self._clock.now())[task.task_id]
 
     def wall(self, seconds: float) -> float:
         """Seconds of the scheduler's clock -> seconds since the epoch."""
@@ -240,141 +234,72 @@ class Orchestrator:
             case Admitted(task_id):
                 self._open(self.scheduler.tasks[task_id])
             case Start(task_id):
-                self._start(self.scheduler.tasks[task_id])
+                self._decoding.start(self.scheduler.tasks[task_id])
             case Abort(task_id):
-                running = self._jobs.get(self.scheduler.tasks[task_id].number)
-                if running is not None:  # it may have found the loss by itself
-                    running.job.cancel()
+                self._decoding.abort(self.scheduler.tasks[task_id])
             case Ended(task_id):
                 self._end(self.scheduler.tasks[task_id])
             case Forget(task_id):
                 self._retained_bytes -= self._streams.pop(task_id).size_bytes
-            case Load(replica_id):
-                self._spawn(self.replicas.live(replica_id), f"replica {replica_id}")
+            case _:
+                self._keeper.perform(effect)
 
     def _open(self, task: Task) -> None:
         outlook = self.outlook(task)
         self._streams[task.task_id] = TaskStream(views.started_frame(task, outlook))
-        self._journal.admitted(task, self.scheduler.pools[task.pool_id], outlook)
-
-    def _start(self, task: Task) -> None:
-        self._journal.started(task, self.scheduler.pools[task.pool_id], self._clock.now())
-        job = self._spawn(self._run_task(task), f"task {task.task_id}")
-        self._jobs[task.number] = Running(task, job)
-        # Not in the job itself: a job that is canceled before its first step runs none of its code.
-        job.add_done_callback(lambda _: self._job_over(task))
-
-    def _job_over(self, task: Task) -> None:
-        del self._jobs[task.number]
-        if task.state in ENDED and self.scheduler.tasks.get(task.task_id) is task:
-            self.scheduler.released(task.task_id, self._clock.now())
-        self._perform()
+        self._journal.admitted(task, task.pool, outlook)
 
     def _end(self, task: Task) -> None:
-        pool = self.scheduler.pools[task.pool_id]
+        pool = task.pool
         stream = self._streams[task.task_id]
         stream.metrics(self._metrics_frame(task, views.NOT_WAITING))
         if task.outcome is not None and task.error is None:
             stream.end(views.end_frame(task, task.outcome, pool))
         else:
             stream.end((task.error or Internal("the task ended without a result")).body(task.correlation_id))
-        self._prompts.pop(task.number, None)
+        self._decoding.forget(task)
         self._journal.ended(task, pool)
         self._retained_bytes += stream.size_bytes
         while self._retained_bytes > RETAINED_BYTES_MAX and self.scheduler.forget_oldest():
             self._perform()
 
-    # -- decoding ------------------------------------------------------------------------------------------------------
+    # -- pools ---------------------------------------------------------------------------------------------------------
 
-    async def _run_task(self, task: Task) -> None:
-        """One task on its slot, whatever happens."""
-        correlation_id.set(task.correlation_id)
-        replica_id = task.replica_id or ""
-        try:
-            outcome = await self._decode(task, replica_id)
-        except asyncio.CancelledError:
-            if task.state not in ENDED:  # not ours: something else ends the service
-                raise
-        except WorkerLost as error:
-            self.replicas.condemn(replica_id, str(error))  # its loss ends the task
-        except DecodeStalled as error:
-            timeout = DecodeTimeout(f"{error}; submit the task again", engine=self._engine(task), retry_after_ms=1000)
-            self.scheduler.failed(task.task_id, timeout, self._clock.now(), is_replica_sound=False)
-            self.replicas.condemn(replica_id, str(error))
-        except JobRefused as error:
-            refusal = InvalidParams(str(error), engine=self._engine(task))
-            self.scheduler.failed(task.task_id, refusal, self._clock.now())
-        except EngineBusy as error:
-            busy = ReplicaExhausted(f"{error}; submit the task again", engine=self._engine(task), retry_after_ms=1000)
-            self.scheduler.failed(task.task_id, busy, self._clock.now())
-        except Exception:
-            # A defect of ours must end its task in its stream, not only in the log.
-            log.exception("task %s failed in an unforeseen way", task.task_id)
-            internal = Internal("the task failed inside the service; the log has the correlation ID")
-            self.scheduler.failed(task.task_id, internal, self._clock.now())
-        else:
-            self.scheduler.finished(task.task_id, outcome, self._clock.now())
-        self._perform()
-
-    async def _decode(self, task: Task, replica_id: str) -> Outcome:
-        worker = self.replicas.worker(replica_id)
-        if worker is None:
-            raise WorkerLost("the worker was gone before decoding began")
-        pool = self.scheduler.pools[task.pool_id]
-        version = task.request.sampler_profile_version or pool.spec.sampler_profile_version
-        prompts = self._prompts[task.number]
-        if task.tokens_in is None:  # admitted on a bound, while the model was loading
-            self.scheduler.counted(task.task_id, sum([await worker.count_tokens(prompt) for prompt in prompts]))
-        given = jobs.Assignment(
-            worker=worker,
-            prompts=prompts,
-            sampling=jobs.sampling_of(task.request, self._settings.sampler_profiles[version]),
-            idle_timeout_s=self._settings.tasks.decode_idle_timeout_ms / 1000,
-        )
-
-        def progressed(tokens: int) -> None:
-            if task.tokens_out == 0:
-                self._journal.first_token(task, pool, self._clock.now())
-            self.scheduler.progressed(task.task_id, tokens)
-            self._journal.decoded(pool, replica_id, tokens)
-
-        return await jobs.decode(task, given, self._streams[task.task_id], progressed)
-
-    def _engine(self, task: Task) -> str:
-        return self.scheduler.pools[task.pool_id].spec.engine
-
-    # -- replicas and time ---------------------------------------------------------------------------------------------
-
-    def _replica_ready(self, replica_id: str, facts: WorkerFacts, digest: str) -> None:
-        self.scheduler.replica_ready(replica_id, slots=facts.slots, model_digest=digest, now=self._clock.now())
-        replica = self.scheduler.replicas[replica_id]
-        pool = self.scheduler.pools[replica.pool_id]
-        self._journal.replica_ready(replica, pool, facts.load_ms, dict(facts.buffer_bytes))
-        self._perform()
-
-    def _replica_lost(self, replica_id: str, reason: str) -> None:
+    def drain_pool(self, pool_id: str, deadline_ms: int) -> Pool:
+        """Take no new tasks for the pool, end what is left at the deadline, unload its model (HP-CTL-2)."""
         now = self._clock.now()
-        self.scheduler.replica_lost(replica_id, reason, now)
-        replica = self.scheduler.replicas[replica_id]
-        self._journal.replica_lost(replica, self.scheduler.pools[replica.pool_id], reason, now)
+        self.scheduler.drain_pool(pool_id, now + deadline_ms / 1000, now)
         self._perform()
         self._wake.set()
+        return self.scheduler.pool(pool_id)
+
+    async def reload_pool(self, pool_id: str, new_model_ref: str) -> Pool:
+        """Begin to put another model in the pool's place (HP-CTL-2)."""
+        built = await self._shelf.successor(pool_id, new_model_ref)
+        try:
+            self.scheduler.reload_pool(pool_id, built.pool, self._clock.now())
+        except LlorchError:
+            self._shelf.withdraw(built)
+            raise
+        self._perform()
+        self._wake.set()
+        return self.scheduler.pool(pool_id)
+
+    # -- time ----------------------------------------------------------------------------------------------------------
 
     def _freshen(self) -> None:
         """A `metrics` frame for every task that runs or waits."""
         now = self._clock.now()
-        for pool in self.scheduler.pools.values():
+        for pool in self.scheduler.fleet.every_pool():
             outlooks = self.scheduler.predictor.outlooks(pool, self.scheduler.tasks, now) if len(pool.queue) else {}
             for task_id, outlook in outlooks.items():
                 self._streams[task_id].metrics(self._metrics_frame(self.scheduler.tasks[task_id], outlook))
-        for running in self._jobs.values():
-            if running.task.state not in ENDED:
-                self._streams[running.task.task_id].metrics(self._metrics_frame(running.task, views.NOT_WAITING))
+        for task in self._decoding.running():
+            self._streams[task.task_id].metrics(self._metrics_frame(task, views.NOT_WAITING))
 
     def _metrics_frame(self, task: Task, outlook: Outlook) -> MetricsFrame:
-        depth = len(self.scheduler.pools[task.pool_id].queue)
-        chance = self.scheduler.predictor.on_time(task, outlook.start_in_s, self._clock.now())
-        return views.metrics_frame(task, outlook, depth, chance)
+        chance = self.scheduler.predictor.on_time(task.pool, task, outlook.start_in_s, self._clock.now())
+        return views.metrics_frame(task, outlook, len(task.pool.queue), chance)
 
 
 def _with_lower_ids(request: TaskRequest) -> TaskRequest:

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from llama_orch.contract.config import PoolSettings, Settings
-from llama_orch.core.pool import Device, Pool, PoolSpec, Replica
-from llama_orch.core.queue import TaskQueue
+from llama_orch.contract.models import ReplicaState
+from llama_orch.core.ledger import RESERVE_BYTES, Device
+from llama_orch.core.pool import Pool
 from llama_orch.devices.inventory import Source
 from llama_orch.engines.base import Engine, ReplicaSpec
-from llama_orch.models.gguf import GgufError, read_gguf_header
-from llama_orch.models.references import ModelNotFound, resolve
-from llama_orch.runtime.fit import Ledger
+from llama_orch.models.references import ModelNotFound
+from llama_orch.runtime.builder import Builder, Built, Draft, Room
+from llama_orch.runtime.library import FileLibrary, Library, Model
 
 
 class PlanError(Exception):
@@ -27,115 +26,114 @@ class PlanError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What to run. Every replica of `pools` has its engine and spec in `replicas`."""
+    """What to run. Every replica of `pools` has its engine and spec in `replicas`; `builder` makes more pools."""
 
     pools: list[Pool]
     devices: list[Device]
     replicas: dict[str, tuple[Engine, ReplicaSpec]]
+    builder: Builder
 
 
-def make_plan(settings: Settings, engines: Mapping[str, Engine], sources: Sequence[Source]) -> Plan:
+def make_plan(
+    settings: Settings, engines: Mapping[str, Engine], sources: Sequence[Source], library: Library | None = None
+) -> Plan:
+    return plan_with(Builder(engines, sources, library or FileLibrary()), settings)
+
+
+def plan_with(builder: Builder, settings: Settings) -> Plan:
+    """Raises PlanError, with a sentence for each pool that this machine cannot serve."""
     problems: list[str] = []
-    ledger = Ledger()
-    plan = Plan([], [source.device for source in sources], {})
+    drafts: list[Draft] = []
     for pool in settings.pools:
-        problem = _pool_problem(pool, engines, sources)
-        if problem is None:
-            _add_pool(plan, pool, engines[pool.engine], sources, ledger)
-        else:
-            problems.append(f"pool {pool.id}: {problem}")
+        try:
+            drafts.append(builder.draft(pool, _model(builder, pool)))
+        except _Unservable as error:
+            problems.append(f"pool {pool.id}: {error}")
     if problems:
         raise PlanError(problems)
-    _share_threads(plan)
-    return plan
+    devices = [source.device for source in builder.sources.values()]
+    _seat_all(builder, drafts, devices)
+    built = [_build(builder, draft) for draft in drafts]
+    workers = _share_threads(builder, {name: worker for one in built for name, worker in one.workers.items()})
+    return Plan([one.pool for one in built], devices, workers, builder)
 
 
-def _pool_problem(pool: PoolSettings, engines: Mapping[str, Engine], sources: Sequence[Source]) -> str | None:
-    if pool.engine not in engines:
+def _seat_all(builder: Builder, drafts: list[Draft], devices: list[Device]) -> None:
+    """First a place for each replica that stays, then what is left over for more slots. What is loaded when it is
+    needed, and makes room again, only has to fit its device while that is empty."""
+    room = Room({device.device_id: device.vram_free_bytes - RESERVE_BYTES for device in devices})
+    staying = [draft for draft in drafts if draft.settings.keep_alive_ms is None]
+    for draft in staying:
+        builder.seat(draft, room)
+    growing = staying
+    while growing:
+        growing = [draft for draft in growing if builder.widen(draft, room)]
+    empty = empty_room(devices)
+    for draft in drafts:
+        if draft.settings.keep_alive_ms is not None:
+            seat_alone(builder, draft, empty)
+
+
+def empty_room(devices: Sequence[Device]) -> Room:
+    """What the devices have to give while nothing is on them. The rest of the machine needs main memory always."""
+    taken = {d.device_id: d.external_bytes if d.backend == "cpu" else 0 for d in devices}
+    return Room({d.device_id: d.vram_total_bytes - taken[d.device_id] - RESERVE_BYTES for d in devices})
+
+
+def seat_alone(builder: Builder, draft: Draft, room: Room) -> None:
+    """Places for replicas of which each has its device to itself."""
+    builder.seat(draft, room, claim=False)
+    for seat in draft.seats:
+        alone = Draft(draft.settings, draft.engine, draft.model, [seat])
+        while builder.widen(alone, room.beside(seat.need_bytes), claim=False):
+            pass
+
+
+def _build(builder: Builder, draft: Draft) -> Built:
+    state = ReplicaState.LOADING if draft.settings.keep_alive_ms is None else ReplicaState.UNLOADED
+    return builder.build(draft, state=state)
+
+
+class _Unservable(Exception):
+    """Why a pool cannot be served on this machine."""
+
+
+def _model(builder: Builder, pool: PoolSettings) -> Model:
+    if pool.engine not in builder.engines:
         hint = "; install it with: pip install 'llama-orch[ctransformers]'" if pool.engine == "ctransformers" else ""
-        return f"engine {pool.engine!r} is not installed here{hint}"
+        raise _Unservable(f"engine {pool.engine!r} is not installed here{hint}")
     try:
-        path = resolve(pool.model)
+        model = builder.library.look(pool.model)
     except ModelNotFound as error:
-        return str(error)
-    known = {source.device.device_id for source in sources}
+        raise _Unservable(str(error)) from error
+    known = builder.sources.keys()
     missing = [] if pool.devices == "auto" else [one for one in pool.devices if one not in known]
     if missing:
-        return f"there is no device {', '.join(missing)}; this machine has: {', '.join(sorted(known))}"
-    return engines[pool.engine].refusal(path) or _context_problem(pool, path)
+        raise _Unservable(f"there is no device {', '.join(missing)}; this machine has: {', '.join(sorted(known))}")
+    problem = model_problem(builder.engines[pool.engine], model, pool.ctx)
+    if problem is not None:
+        raise _Unservable(problem)
+    return model
 
 
-def _context_problem(pool: PoolSettings, path: Path) -> str | None:
-    """llama.cpp would quietly grant less; a context that was asked for is never lowered in silence."""
-    try:
-        trained = read_gguf_header(path).context_length
-    except GgufError:
-        return None  # the engine takes the file all the same: a simulated one reads none
-    if trained is None or pool.ctx <= trained:
-        return None
-    return f"ctx is {pool.ctx} tokens, but the model was trained with {trained}; set ctx to at most {trained}"
+def model_problem(engine: Engine, model: Model, ctx: int) -> str | None:
+    """Why the engine cannot serve the model with this much context. llama.cpp would quietly grant less; a context that
+    was asked for is never lowered in silence."""
+    refusal = engine.refusal(model.path)
+    if refusal is not None:
+        return refusal
+    if model.ctx_trained is not None and ctx > model.ctx_trained:
+        trained = model.ctx_trained
+        return f"ctx is {ctx} tokens, but the model was trained with {trained}; set ctx to at most {trained}"
+    return None
 
 
-def _add_pool(plan: Plan, pool: PoolSettings, engine: Engine, sources: Sequence[Source], ledger: Ledger) -> None:
-    slots = min(pool.slots, engine.traits.max_slots or pool.slots)
-    replicas: dict[str, Replica] = {}
-    path = resolve(pool.model)
-    claims = [(mask, ledger.claim(mask, pool, path, slots)) for mask in _masks(pool, sources)]
-    if pool.replicas == "auto" and any(problem is None for _, problem in claims):
-        claims = [(mask, problem) for mask, problem in claims if problem is None]  # one on each device that holds it
-    for number, (mask, problem) in enumerate(claims):
-        replica_id = f"{pool.id}-{number}"
-        replica = Replica(replica_id, pool.id, tuple(one.device.device_id for one in mask), slots)
-        if problem is not None:
-            replica.refuse(problem)
-        replicas[replica_id] = replica
-        plan.replicas[replica_id] = (engine, _replica_spec(replica_id, pool, slots, mask))
-    spec = PoolSpec(
-        pool_id=pool.id,
-        engine=pool.engine,
-        engine_version=engine.traits.version,
-        model=pool.model,
-        workloads=engine.traits.workloads,
-        features=engine.traits.features,
-        slots=slots,
-        ctx=pool.ctx,
-        max_tokens=pool.max_tokens,
-        sampler_profile_version=pool.sampler_profile_version,
-        queue_capacity=pool.queue.capacity,
-        full_policy=pool.queue.full_policy,
-        strict_needs_exclusive=engine.traits.strict_needs_exclusive,
-    )
-    plan.pools.append(Pool(spec, TaskQueue(pool.queue.capacity, pool.queue.full_policy), replicas))
-
-
-def _masks(pool: PoolSettings, sources: Sequence[Source]) -> list[list[Source]]:
-    """The devices of each replica: one device each, in turn; all of them together only where a split was asked for."""
-    by_id = {source.device.device_id: source for source in sources}
-    # In the pool's own order, which `tensor_split` counts by.
-    usable = list(sources) if pool.devices == "auto" else [by_id[device_id] for device_id in pool.devices]
-    if pool.tensor_split is not None:
-        return [usable]
-    count = len(usable) if pool.replicas == "auto" else pool.replicas
-    return [[usable[number % len(usable)]] for number in range(count)]
-
-
-def _replica_spec(replica_id: str, pool: PoolSettings, slots: int, mask: list[Source]) -> ReplicaSpec:
-    return ReplicaSpec(
-        replica_id=replica_id,
-        pool_id=pool.id,
-        model_path=resolve(pool.model),
-        slots=slots,
-        ctx=pool.ctx,
-        backend=mask[0].backend,
-        device_uuids=tuple(source.uuid for source in mask if source.uuid is not None),
-        tensor_split=tuple(pool.tensor_split or ()),
-    )
-
-
-def _share_threads(plan: Plan) -> None:
-    """Replicas that compute on the CPU share its cores; one thread serves a card."""
-    cores = len(os.sched_getaffinity(0))
-    on_cpu = sum(spec.backend != "cuda" for _, spec in plan.replicas.values())
-    for replica_id, (engine, spec) in plan.replicas.items():
-        threads = 1 if spec.backend == "cuda" else max(1, cores // on_cpu)
-        plan.replicas[replica_id] = (engine, replace(spec, threads=threads))
+def _share_threads(
+    builder: Builder, workers: dict[str, tuple[Engine, ReplicaSpec]]
+) -> dict[str, tuple[Engine, ReplicaSpec]]:
+    """Now that all are known that compute on the CPU."""
+    sources = {source.backend: source for source in builder.sources.values()}
+    return {
+        replica_id: (engine, replace(spec, threads=builder.threads(sources[spec.backend])))
+        for replica_id, (engine, spec) in workers.items()
+    }

@@ -29,6 +29,7 @@ from llama_orch.contract.models import Device as DeviceView
 from llama_orch.contract.models import Pool as PoolView
 from llama_orch.contract.operations import API_VERSION
 from llama_orch.core.pool import Pool
+from llama_orch.core.replica import Replica
 from llama_orch.core.task import ENDED, Task
 from llama_orch.devices.inventory import Source
 from llama_orch.engines.base import Engine
@@ -61,17 +62,15 @@ class LocalService:
 
     async def submit(self, request: TaskRequest) -> AdmissionResponse:
         task = await self._orchestrator.submit(request)
-        pool = self._scheduler.pools[task.pool_id]
-        return views.admission(task, self._orchestrator.outlook(task), self._orchestrator.backoff_ms(pool))
+        return views.admission(task, self._orchestrator.outlook(task), self._orchestrator.backoff_ms(task.pool))
 
     def get_task(self, task_id: str) -> TaskStatus:
         return self._task_view(self._scheduler.known(task_id))
 
     def _task_view(self, task: Task) -> TaskStatus:
         orchestrator = self._orchestrator
-        pool = self._scheduler.pools[task.pool_id]
         text = orchestrator.text(task.task_id) if task.state in ENDED else ""
-        return views.task_status(task, pool, orchestrator.outlook(task), orchestrator.wall, text)
+        return views.task_status(task, task.pool, orchestrator.outlook(task), orchestrator.wall, text)
 
     def list_tasks(
         self, *, state: TaskState | None, session_id: str | None, limit: int, cursor: str | None
@@ -112,8 +111,24 @@ class LocalService:
         return views.pool_view(self._scheduler.pool(pool_id))
 
     def get_pool_health(self, pool_id: str) -> PoolHealth:
-        pool = self._scheduler.pool(pool_id)
-        return views.pool_health(pool, self._scheduler.predictor.tokens_per_second(pool_id))
+        return self._health(self._scheduler.pool(pool_id))
+
+    def _health(self, pool: Pool) -> PoolHealth:
+        """With the replicas of the models that come into the pool's place or leave it."""
+        pool_id = pool.spec.pool_id
+        others = [
+            replica
+            for one in self._scheduler.fleet.every_pool()
+            if one is not pool and one.spec.pool_id == pool_id
+            for replica in one.replicas.values()
+        ]
+        return views.pool_health(pool, others, self._scheduler.predictor.tokens_per_second(pool))
+
+    async def drain_pool(self, pool_id: str, deadline_ms: int) -> PoolHealth:
+        return self._health(self._orchestrator.drain_pool(pool_id, deadline_ms))
+
+    async def reload_pool(self, pool_id: str, new_model_ref: str) -> PoolHealth:
+        return self._health(await self._orchestrator.reload_pool(pool_id, new_model_ref))
 
     # -- capabilities --------------------------------------------------------------------------------------------------
 
@@ -164,13 +179,18 @@ class LocalService:
         ]
 
     def _device_view(self, source: Source) -> DeviceView:
-        device = source.device
+        device, ledger = source.device, self._scheduler.fleet.ledger
+        problem = source.read_problem()
+        reserved = ledger.held_bytes(device.device_id) + ledger.promised_bytes(device.device_id)
+        free = min(source.read_free_bytes(), max(0, device.vram_total_bytes - reserved))
         return DeviceView(
             id=device.device_id,
             name=device.name,
             backend=Backend(device.backend),
             vram_total_bytes=device.vram_total_bytes,
-            vram_free_bytes=source.read_free_bytes(),
+            vram_free_bytes=0 if problem is not None else free,
+            vram_reserved_bytes=reserved,
+            problem=problem,
         )
 
     def metrics_text(self) -> bytes:
@@ -198,15 +218,42 @@ def _number(cursor: str) -> int:
     return int(cursor)
 
 
-def gauges(orchestrator: Orchestrator) -> Iterator[Reading]:
+def gauges(orchestrator: Orchestrator, sources: Sequence[Source]) -> Iterator[Reading]:
     """Every gauge of openapi/metrics.yaml from the state as it is now."""
     yield "streams_open", (), orchestrator.streams_open
-    for pool in orchestrator.scheduler.pools.values():
-        labels = (pool.spec.engine, pool.spec.engine_version, pool.spec.pool_id)
+    by_id = {source.device.device_id: source for source in sources}
+    fleet = orchestrator.scheduler.fleet
+    for pool in fleet.pools.values():
         for priority in Priority:
-            yield "queue_depth", (*labels, priority.value), pool.queue.depth(priority)
+            yield "queue_depth", (*_labels(pool), priority.value), pool.queue.depth(priority)
+    for pool in fleet.every_pool():
         for replica in pool.replicas.values():
+            labels = (*_labels(pool), replica.replica_id)
             is_ready = replica.state is ReplicaState.READY
-            yield "slots_busy", (*labels, replica.replica_id), replica.slots_busy
-            yield "slots_total", (*labels, replica.replica_id), replica.slots if is_ready else 0
-            yield "replica_ready", (*labels, replica.replica_id), int(is_ready)
+            yield "slots_busy", labels, replica.slots_busy
+            yield "slots_total", labels, replica.slots if is_ready else 0
+            yield "replica_ready", labels, int(is_ready)
+            if replica.holds_memory:
+                for device_id in replica.device_ids:
+                    yield from _device_gauges(orchestrator, replica, by_id[device_id], labels)
+
+
+def _labels(pool: Pool) -> tuple[str, str, str]:
+    return pool.spec.engine, pool.spec.engine_version, pool.spec.pool_id
+
+
+def _device_gauges(
+    orchestrator: Orchestrator, replica: Replica, source: Source, labels: tuple[str, ...]
+) -> Iterator[Reading]:
+    """What a replica takes of a device, and how busy the device is, whoever keeps it so."""
+    device_id = source.device.device_id
+    used = replica.need_bytes.get(device_id, 0)
+    if source.backend == "cuda":
+        told = [source.read_process_bytes(pid) for pid in orchestrator.replicas.pids(replica.replica_id)]
+        used = sum(count for count in told if count is not None) or used
+    yield "vram_used_bytes", (*labels, device_id), used
+    utilization = source.read_utilization()
+    if utilization is None and source.backend == "simulated":
+        utilization = orchestrator.scheduler.fleet.busy_share(device_id)
+    if utilization is not None:
+        yield "gpu_utilization", (*labels, device_id), utilization

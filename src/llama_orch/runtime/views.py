@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from llama_orch.clock import timestamp
 from llama_orch.contract.models import (
@@ -21,8 +21,9 @@ from llama_orch.contract.models import (
 from llama_orch.contract.models import FullPolicy as FullPolicyName
 from llama_orch.contract.models import Pool as PoolView
 from llama_orch.contract.models import Replica as ReplicaView
-from llama_orch.core.pool import Pool, Replica
+from llama_orch.core.pool import Pool
 from llama_orch.core.prediction import Outlook
+from llama_orch.core.replica import Replica
 from llama_orch.core.task import ENDED, Outcome, Task
 
 NOT_WAITING = Outlook(queue_position=None, start_in_s=None)
@@ -137,6 +138,8 @@ def pool_view(pool: Pool) -> PoolView:
             interactive=pool.queue.depth(Priority.INTERACTIVE), batch=pool.queue.depth(Priority.BATCH)
         ),
         ready=pool.is_ready,
+        on_demand=spec.is_on_demand,
+        keep_alive_ms=to_ms(spec.keep_alive_s),
     )
 
 
@@ -149,17 +152,19 @@ def replica_view(replica: Replica) -> ReplicaView:
         slots_total=replica.slots,
         restarts=replica.restarts,
         last_error=replica.last_error,
+        vram_reserved_bytes=sum(replica.need_bytes.values()) if replica.holds_memory else 0,
     )
 
 
-def pool_health(pool: Pool, tokens_per_second: float | None) -> PoolHealth:
+def pool_health(pool: Pool, others: Iterable[Replica], tokens_per_second: float | None) -> PoolHealth:
+    """`others`: replicas of another model that takes the pool's place or has left it."""
     return PoolHealth(
         live=pool.is_live,
         ready=pool.is_ready,
         draining=pool.is_draining,
-        last_error=pool.last_error,
-        last_reload=None,
-        replicas=[replica_view(replica) for replica in pool.replicas.values()],
+        last_error=pool.why_not_loaded or pool.last_error,
+        last_reload=pool.last_reload,
+        replicas=[replica_view(replica) for replica in (*pool.replicas.values(), *others)],
         metrics=PoolMetrics(
             queue_depth=len(pool.queue),
             tokens_in=pool.tokens_in,

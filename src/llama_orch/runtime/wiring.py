@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 
 from llama_orch.clock import Clock
 from llama_orch.contract.config import Settings
 from llama_orch.core.scheduler import Scheduler
-from llama_orch.devices.inventory import Source
 from llama_orch.engines.base import Engine
 from llama_orch.observe.journal import Journal
 from llama_orch.observe.metrics import Metrics
+from llama_orch.runtime.library import Model
+from llama_orch.runtime.on_demand import Look
 from llama_orch.runtime.orchestrator import Orchestrator
 from llama_orch.runtime.plan import Plan
 from llama_orch.runtime.replicas import Replicas
@@ -21,14 +22,25 @@ from llama_orch.runtime.service import LocalService, gauges
 def wire(
     settings: Settings,
     engines: Mapping[str, Engine],
-    sources: Sequence[Source],
     plan: Plan,
     digest: Callable[[Path], Awaitable[str]],
     clock: Clock,
+    look: Look | None = None,
 ) -> tuple[Orchestrator, LocalService]:
-    """The orchestrator and what the edge sees of it. `digest` gives a model file's `sha256:…`."""
-    scheduler = Scheduler(plan.pools, plan.devices, retain_s=settings.tasks.retain_ms / 1000)
-    metrics = Metrics(lambda: gauges(orchestrator))
+    """The orchestrator and what the edge sees of it. `digest` gives a model file's `sha256:…`; `look` finds a model
+    without holding up the event loop (the plan's own library, where that does no harm)."""
+
+    async def look_here(reference: str) -> Model:
+        return plan.builder.library.look(reference)
+
+    scheduler = Scheduler(
+        plan.pools,
+        plan.devices,
+        retain_s=settings.tasks.retain_ms / 1000,
+        min_residency_s=settings.on_demand.min_residency_ms / 1000,
+    )
+    sources = list(plan.builder.sources.values())
+    metrics = Metrics(lambda: gauges(orchestrator, sources))
     replicas = Replicas(plan.replicas, digest)
-    orchestrator = Orchestrator(scheduler, replicas, Journal(metrics), clock, settings, sources)
+    orchestrator = Orchestrator(scheduler, replicas, plan.builder, look or look_here, Journal(metrics), clock, settings)
     return orchestrator, LocalService(orchestrator, engines, sources, metrics, settings)

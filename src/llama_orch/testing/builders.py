@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from llama_orch.contract.models import FinishReason, TaskRequest
-from llama_orch.core.pool import Device, Pool, PoolSpec, Replica
+from llama_orch.core.ledger import Device
+from llama_orch.core.pool import Pool, PoolSpec
 from llama_orch.core.queue import TaskQueue
+from llama_orch.core.replica import Replica
 from llama_orch.core.scheduler import Scheduler, Verdict
 from llama_orch.core.task import Outcome
 

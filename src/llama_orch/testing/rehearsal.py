@@ -16,7 +16,7 @@ import msgspec
 
 from llama_orch.clock import LoopClock
 from llama_orch.contract.config import PoolSettings, Settings
-from llama_orch.core.pool import Device
+from llama_orch.core.ledger import Device
 from llama_orch.devices.inventory import Source
 from llama_orch.engines.simulated import ServiceModel, SimulatedEngine, SimulatedWorker
 from llama_orch.runtime.orchestrator import Orchestrator
@@ -68,7 +68,7 @@ async def a_rehearsal(
     engine = SimulatedEngine(model)
     sources = sources_for(cards)
     plan = make_plan(settings, {"simulated": engine}, sources)
-    orchestrator, service = wire(settings, {"simulated": engine}, sources, plan, _digest, LoopClock())
+    orchestrator, service = wire(settings, {"simulated": engine}, plan, _digest, LoopClock())
     running = asyncio.ensure_future(orchestrator.run())
     try:
         await asyncio.sleep(model.load_s + 0.001 if is_loaded else 0)

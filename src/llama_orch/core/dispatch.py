@@ -1,0 +1,84 @@
+"""Starts tasks from the heads of queues. A task is bound to a replica here and no sooner (late binding)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from llama_orch.contract.models import ReplicaState
+from llama_orch.core import placement
+from llama_orch.core.affinity import Affinity
+from llama_orch.core.effects import Effect, Start
+from llama_orch.core.fleet import Fleet
+from llama_orch.core.placement import Candidate, Faster
+from llama_orch.core.pool import Pool
+from llama_orch.core.prediction import Predictor
+from llama_orch.core.replica import Replica
+from llama_orch.core.task import Task, TaskEvent
+
+HOLD_BACK_QUEUE_MAX = 16  # where more wait, a slow card is of use in any case
+
+
+class Dispatcher:
+    """Over the scheduler's own tasks and fleet."""
+
+    def __init__(
+        self, fleet: Fleet, predictor: Predictor, tasks: Mapping[str, Task], emit: Callable[[Effect], None]
+    ) -> None:
+        self._fleet = fleet
+        self._predictor = predictor
+        self._tasks = tasks
+        self._emit = emit
+        self._affinity = Affinity()
+
+    def dispatch(self, pool: Pool, now: float) -> None:
+        """Start tasks from the head of the queue while there is a place for it. The head is never overtaken, so a
+        strict task that needs a whole replica gets it once the running ones end."""
+        while (head := pool.queue.head()) is not None and self.place(pool, self._tasks[head], now):
+            pool.queue.remove(head)
+
+    def place(self, pool: Pool, task: Task, now: float) -> bool:
+        """Start the task on the replica that suits it best, if there is one."""
+        exclusive = task.is_strict and pool.spec.strict_needs_exclusive
+        session_id = None if task.is_strict else task.request.session_id
+        found = placement.candidates(
+            pool.replicas.values(),
+            self._fleet.ledger.scarcest_free_bytes,
+            exclusive=exclusive,
+            warm_slot=lambda replica: self._affinity.slot_on(session_id, replica),
+        )
+        chosen = placement.pick(found)
+        if chosen is None or self.is_held_back(pool, task, chosen, now):
+            return False
+        task.placement = placement.reasons(chosen, found)
+        task.lease = chosen.replica.take(task.task_id, exclusive=exclusive, slot=chosen.warm_slot)
+        task.replica_id = chosen.replica.replica_id
+        task.started_s = now
+        task.step(TaskEvent.START)
+        self._emit(Start(task.task_id))
+        return True
+
+    def is_held_back(self, pool: Pool, task: Task, chosen: Candidate, now: float) -> bool:
+        """Whether the task is done sooner if it waits for a faster replica than the chosen one."""
+        if len(pool.replicas) == 1 or len(pool.queue) > HOLD_BACK_QUEUE_MAX:
+            return False
+        own_s = self._predictor.service_s(pool, task, chosen.replica)
+        if own_s is None:
+            return False
+        behind = [self._tasks[task_id] for task_id in pool.queue if task_id != task.task_id]
+        faster = []
+        for replica in pool.replicas.values():
+            if replica is chosen.replica or replica.state is not ReplicaState.READY or replica.is_closing:
+                continue
+            services_s = [self._predictor.service_s(pool, one, replica) or 0.0 for one in (task, *behind)]
+            if services_s[0] < own_s:
+                faster.append(Faster(self._free_in_s(pool, task, replica, now), services_s))
+        return placement.hold_back(own_s, faster)
+
+    def _free_in_s(self, pool: Pool, task: Task, replica: Replica, now: float) -> float:
+        free_in_s = self._predictor.free_in_s(pool, replica, self._tasks, now)
+        return max(free_in_s) if task.is_strict and pool.spec.strict_needs_exclusive else min(free_in_s)
+
+    def remember(self, task: Task, replica: Replica) -> None:
+        """The slot that the task ran on holds its session's KV."""
+        if task.request.session_id is not None and task.lease is not None and not task.is_strict:
+            self._affinity.remember(task.request.session_id, replica, task.lease.slots[0])

@@ -1,0 +1,342 @@
+"""The fleet: pools, their replicas and the devices under them. Decides what is loaded, and what leaves for it.
+
+Every event that could change the answer is followed by `settle`, which leaves effects. Nothing here knows of tasks but
+who waits in a queue and who holds a slot. Invariants: no device is given away twice (ledger.py); a replica with work is
+never unloaded; what leaves keeps its memory in the ledger until it was seen to return.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+from llama_orch.contract.models import ReplicaState
+from llama_orch.core import residency
+from llama_orch.core.effects import Condemn, Dispose, Effect, Load, Unload
+from llama_orch.core.ledger import Device, Ledger
+from llama_orch.core.pool import Pool
+from llama_orch.core.prediction import Predictor
+from llama_orch.core.replica import Replica
+from llama_orch.core.residency import Holder, Proposal
+
+# How long who waits for room bears it that others, who have work, keep theirs: in swaps (an unload, a load).
+PATIENCE_SWAPS = 4.0
+# An unmeasured load, by the size of what is loaded: a fast disk.
+LOAD_GUESS_S, LOAD_GUESS_BYTES_PER_S = 0.5, 1e9
+UNSOUND_RETRY_S = 5.0  # before a replica is tried again on a device that cannot be used
+WANTED_S = 60.0  # a pool that somebody asked for is kept wanted for this long, until the request comes again
+SHORTAGES_MAX = 1  # of memory, before a replica is given up
+SHORTAGE_GROWTH = 1.15  # of the predicted need, after a shortage
+QUARANTINE_S = 60.0  # of a model that was loaded on demand and failed; then a new task may have it tried again
+
+
+class Fleet:
+    """`emit` takes effects. `min_residency_s`: what was loaded on demand stays at least this long."""
+
+    def __init__(
+        self,
+        pools: Sequence[Pool],
+        devices: Sequence[Device],
+        predictor: Predictor,
+        emit: Callable[[Effect], None],
+        *,
+        min_residency_s: float,
+    ) -> None:
+        self.pools = {pool.spec.pool_id: pool for pool in pools}
+        self.retiring: list[Pool] = []  # another model has their id; they finish what they were given
+        self.replicas: dict[str, Replica] = {r.replica_id: r for pool in pools for r in pool.replicas.values()}
+        self.ledger = Ledger(devices, self.replicas)
+        self.is_ending = False
+        self.coming: dict[str, Pool] = {}  # by id of the pool whose place they take: see rollout.py
+        self._predictor = predictor
+        self._emit = emit
+        self._min_residency_s = min_residency_s
+        self._settled_s = 0.0
+        self._owners: dict[str, Pool] = {r.replica_id: pool for pool in pools for r in pool.replicas.values()}
+
+    def owner(self, replica: Replica) -> Pool:
+        """The pool that the replica serves; of several with one id the right one."""
+        return self._owners[replica.replica_id]
+
+    def every_pool(self) -> Iterator[Pool]:
+        """Those in service, those that finish, and those that are about to come."""
+        yield from self.pools.values()
+        yield from self.retiring
+        yield from self.coming.values()
+
+    def add(self, pool: Pool) -> None:
+        """Its replicas, and the pool itself unless its id is taken."""
+        self.pools.setdefault(pool.spec.pool_id, pool)
+        self.replicas |= pool.replicas
+        self._owners |= dict.fromkeys(pool.replicas, pool)
+
+    def dispose(self, pool: Pool) -> None:
+        """Forget the replicas of a pool that nothing runs on."""
+        for replica in pool.replicas.values():
+            replica.mark_stopped()
+            del self.replicas[replica.replica_id], self._owners[replica.replica_id]
+            self._emit(Dispose(replica.replica_id))
+
+    def remove(self, pool: Pool) -> None:
+        """Forget a pool that is idle and unloaded."""
+        del self.pools[pool.spec.pool_id]
+        self.dispose(pool)
+
+    # -- what was seen -------------------------------------------------------------------------------------------------
+
+    def device_seen(self, device_id: str, free_bytes: int, problem: str | None, *, is_lost: bool) -> bool:
+        """What the device layer measured; True when the device was lost just now."""
+        was_lost = self.ledger.devices[device_id].is_lost
+        self.ledger.seen(device_id, free_bytes, problem, is_lost=is_lost)
+        if was_lost or not is_lost:
+            return False
+        for replica in self.replicas.values():
+            if device_id in replica.device_ids and replica.state is ReplicaState.READY:
+                self._emit(Condemn(replica.replica_id, f"device {device_id} is lost: {problem}"))
+        return True
+
+    def lost_devices(self, pool: Pool) -> str | None:
+        """Why the pool cannot serve, where each replica that it has left is on a device that is lost."""
+        devices = self.ledger.devices
+        left = [r for r in pool.replicas.values() if r.state not in (ReplicaState.FAILED, ReplicaState.STOPPED)]
+        gone = [next((devices[d] for d in r.device_ids if devices[d].is_lost), None) for r in left]
+        if not left or None in gone:
+            return None
+        return "; ".join(dict.fromkeys(f"device {d.device_id} is lost: {d.problem}" for d in gone if d is not None))
+
+    def busy_share(self, device_id: str) -> float:
+        """The part of a device's slots that hold a task, from 0 to 1."""
+        here = [r for r in self.replicas.values() if device_id in r.device_ids and r.state is ReplicaState.READY]
+        slots = sum(replica.slots for replica in here)
+        return sum(replica.slots_busy for replica in here) / slots if slots else 0.0
+
+    def measured(self, replica_id: str, need_bytes: dict[str, int]) -> None:
+        """What a loaded replica was seen to take, in place of what was predicted."""
+        self.replicas[replica_id].need_bytes = {**self.replicas[replica_id].need_bytes, **need_bytes}
+
+    # -- what is loaded ------------------------------------------------------------------------------------------------
+
+    def want(self, pool: Pool, now: float) -> None:
+        """Somebody asked for the pool and could not be queued, because its model is not there to count tokens."""
+        pool.wanted_until_s = now + WANTED_S
+        self.revive(pool, now)
+
+    def revive(self, pool: Pool, now: float) -> None:
+        """A model that failed on demand gets another chance once its quarantine is over."""
+        if pool.spec.is_on_demand and not pool.is_live:
+            for replica in pool.replicas.values():
+                if replica.failed_at_s is not None and replica.failed_at_s + QUARANTINE_S <= now:
+                    replica.revive()
+
+    def settle(self, now: float) -> None:
+        """See that who is needed gets loaded and who is not makes room."""
+        if self.is_ending:
+            return
+        self._settled_s = now
+        self._see_off(now)
+        self._launch_promised(now)
+        for pool in list(self.pools.values()):
+            self._keep_pinned(pool, now)
+        for pool in self._in_need(now):
+            self._provide(pool, now)
+
+    def _see_off(self, now: float) -> None:
+        """Unload who is closing and has no work, and whose time has come."""
+        for pool in list(self.every_pool()):
+            for replica in pool.replicas.values():
+                reason = replica.close_reason if replica.is_closing else self._why_unloaded(pool, replica, now)
+                if reason and not replica.leases:
+                    self.unload(replica, reason)
+            if pool.is_draining and pool.spec.is_on_demand and not pool.is_loaded:
+                pool.is_draining, pool.drain_until_s = False, None  # nothing is left of it: the next task begins anew
+
+    def _why_unloaded(self, pool: Pool, replica: Replica, now: float) -> str | None:
+        if pool.is_draining and pool.is_idle:
+            return "drain"
+        keep_s = pool.spec.keep_alive_s
+        if keep_s is None or replica.state is not ReplicaState.READY or self.is_needed(pool, now):
+            return None
+        return "idle" if pool.is_idle and replica.last_used_s + keep_s <= now else None
+
+    def unload(self, replica: Replica, reason: str) -> None:
+        """End a replica that has no work. Nothing where nothing is loaded."""
+        if replica.state in (ReplicaState.READY, ReplicaState.LOADING) and replica.is_launched:
+            replica.mark_unloading()
+            self._emit(Unload(replica.replica_id, reason))
+        elif replica.state in (ReplicaState.BACKOFF, ReplicaState.LOADING):
+            replica.mark_unloaded()
+
+    def load(self, replica: Replica, now: float) -> None:
+        """Start a replica for which there is room."""
+        if replica.state is ReplicaState.LOADING:  # it was promised the room
+            replica.is_launched, replica.loading_since_s = True, now
+        else:
+            replica.mark_loading(now)
+        self._emit(Load(replica.replica_id))
+
+    def _launch_promised(self, now: float) -> None:
+        for replica in list(self.replicas.values()):
+            if replica.state is not ReplicaState.LOADING or replica.is_launched:
+                continue
+            if self.ledger.has_room(replica):
+                self.load(replica, now)
+            elif not any(self._is_leaving(other, replica) for other in self.replicas.values()):
+                replica.mark_unloaded()  # the room went to somebody else, another program perhaps: plan anew
+
+    @staticmethod
+    def _is_leaving(other: Replica, newcomer: Replica) -> bool:
+        is_near = not set(other.device_ids).isdisjoint(newcomer.device_ids)
+        return is_near and (other.is_closing or other.state is ReplicaState.UNLOADING)
+
+    def _keep_pinned(self, pool: Pool, now: float) -> None:
+        """What is to stay loaded is loaded again as soon as there is room."""
+        if pool.is_draining or pool.spec.pool_id in self.coming:
+            return
+        for replica in pool.replicas.values():
+            if replica.is_pinned and replica.state is ReplicaState.UNLOADED and self.ledger.has_room(replica):
+                self.load(replica, now)
+
+    def is_needed(self, pool: Pool, now: float) -> bool:
+        return bool(len(pool.queue)) or (pool.wanted_until_s > now and not pool.is_paused)
+
+    def _in_need(self, now: float) -> list[Pool]:
+        """Pools that tasks wait for while nobody comes, who waits longest first; and those whose queue is long enough
+        to be worth another replica."""
+        for pool in self.every_pool():
+            is_waiting = self.is_needed(pool, now) and not pool.is_coming
+            pool.waiting_since_s = (pool.waiting_since_s or now) if is_waiting else None
+        pools = [pool for pool in self.every_pool() if pool.waiting_since_s is not None or self._has_backlog(pool, now)]
+        return sorted(pools, key=lambda pool: (pool.waiting_since_s is None, pool.waiting_since_s or 0.0))
+
+    def _has_backlog(self, pool: Pool, now: float) -> bool:
+        """Whether one more replica would be loaded before those that there are have worked off the queue."""
+        if not len(pool.queue) or any(r.state is ReplicaState.LOADING for r in pool.replicas.values()):
+            return False
+        spare = [r for r in pool.replicas.values() if r.state is ReplicaState.UNLOADED and not r.is_pinned]
+        if not spare:
+            return False
+        work_s = self._predictor.backlog_s(pool)
+        return work_s is not None and work_s > min(self.reload_s(replica) for replica in spare)
+
+    def _provide(self, pool: Pool, now: float) -> None:
+        """Load one replica of the pool, with as little disturbance as there can be."""
+        candidates = [r for r in pool.replicas.values() if r.state is ReplicaState.UNLOADED and not r.is_pinned]
+        if not candidates:
+            return
+        proposal = self._propose(pool, candidates, now)
+        if proposal is None:
+            pool.why_not_loaded = residency.shortage(candidates, self.ledger)
+            return
+        pool.why_not_loaded = None
+        for victim in proposal.victims:
+            victim.replica.is_closing, victim.replica.close_reason = True, "evicted"
+            if not victim.replica.leases:
+                self.unload(victim.replica, "evicted")
+        if self.ledger.has_room(proposal.replica):
+            self.load(proposal.replica, now)
+        else:
+            proposal.replica.mark_loading(now, is_launched=False)
+
+    def _propose(self, pool: Pool, candidates: list[Replica], now: float) -> Proposal | None:
+        def blocks(replica: Replica) -> int:
+            return self._blocked_by(replica, pool)
+
+        ledger = self.ledger
+        found = residency.pick(residency.proposals(candidates, (), ledger, blocks, now))
+        if found is not None or pool.waiting_since_s is None:  # a further replica is worth nobody's eviction
+            return found
+        others = [self._holder(r, now) for r in self.replicas.values() if self.owner(r) is not pool]
+        for busy_too in (False, now - pool.waiting_since_s >= self.patience_s(candidates)):
+            able = [one for one in others if residency.may_leave(one, now, self._min_residency_s, busy_too=busy_too)]
+            found = residency.pick(residency.proposals(candidates, able, ledger, blocks, now))
+            if found is not None:
+                return found
+        return None
+
+    def _holder(self, replica: Replica, now: float) -> Holder:
+        pool = self.owner(replica)
+        is_busy = bool(replica.leases) or self.is_needed(pool, now)
+        return Holder(replica, is_busy, self.reload_s(replica))
+
+    def reload_s(self, replica: Replica) -> float:
+        """What loading it takes: as measured, else by its size."""
+        known = self._predictor.load_s(self.owner(replica), replica)
+        if known is not None:
+            return known
+        return LOAD_GUESS_S + sum(replica.need_bytes.values()) / LOAD_GUESS_BYTES_PER_S
+
+    def patience_s(self, candidates: Sequence[Replica]) -> float:
+        """How long who waits bears it that others keep their room because they have work (no starvation), and how long
+        those have it at least (no thrashing)."""
+        return max(self._min_residency_s, PATIENCE_SWAPS * min(self.reload_s(replica) for replica in candidates))
+
+    def _blocked_by(self, newcomer: Replica, pool: Pool) -> int:
+        """Models that fit only where the newcomer would be, and not beside it."""
+        count = 0
+        for other in self.pools.values():
+            if other is pool or other.is_loaded or not other.is_live:
+                continue
+            able = [r for r in other.replicas.values() if r.state is ReplicaState.UNLOADED]
+            places = {r.device_ids for r in able}
+            if places == {newcomer.device_ids} and not any(self._fit_together(r, newcomer) for r in able):
+                count += 1
+        return count
+
+    def _fit_together(self, one: Replica, other: Replica) -> bool:
+        return all(
+            one.need_bytes.get(d, 0) + other.need_bytes.get(d, 0) <= self.ledger.capacity_bytes(d)
+            for d in one.device_ids
+        )
+
+    def ran_short(self, replica: Replica, reason: str, now: float) -> None:
+        """A load found less memory than was thought. What stays loaded tries again in time; what was loaded on demand
+        is planned anew with a larger need, once, and is then given up on these devices."""
+        if replica.is_pinned:
+            replica.mark_lost(reason, now)
+            return
+        replica.mark_short(reason)
+        replica.need_bytes = {d: round(need * SHORTAGE_GROWTH) for d, need in replica.need_bytes.items()}
+        is_hopeless = any(need > self.ledger.capacity_bytes(d) for d, need in replica.need_bytes.items())
+        if replica.shortages > SHORTAGES_MAX or is_hopeless:
+            replica.give_up(now)
+
+    # -- time ----------------------------------------------------------------------------------------------------------
+
+    def tick(self, now: float) -> None:
+        """Restarts that are due."""
+        for replica in self.replicas.values():
+            if replica.retry_at_s is None or replica.retry_at_s > now:
+                continue
+            pool = self.owner(replica)
+            if not replica.is_pinned and not self.is_needed(pool, now):
+                replica.mark_unloaded()
+            elif not self.ledger.is_sound(replica):
+                replica.retry_at_s = now + UNSOUND_RETRY_S
+            else:
+                self.load(replica, now)
+
+    def next_due(self) -> float | None:
+        """When `tick` or `settle` has something to do that no event brings."""
+        hard: list[float] = []
+        soft: list[float] = []  # what `settle` has looked at by then is no reason to wake again
+        for pool in self.every_pool():
+            keep_s = pool.spec.keep_alive_s
+            for replica in pool.replicas.values():
+                if replica.retry_at_s is not None:
+                    hard.append(replica.retry_at_s)
+                if keep_s is not None and replica.state is ReplicaState.READY and pool.is_idle:
+                    soft.append(max(replica.last_used_s + keep_s, pool.wanted_until_s))
+            if pool.waiting_since_s is not None:
+                soft += self._due_of_a_wait(pool)
+        return min([*hard, *(one for one in soft if one > self._settled_s)], default=None)
+
+    def _due_of_a_wait(self, pool: Pool) -> Iterator[float]:
+        """When somebody may be asked to make room for those who wait."""
+        candidates = [r for r in pool.replicas.values() if r.state is ReplicaState.UNLOADED]
+        if not candidates or pool.waiting_since_s is None:
+            return
+        yield pool.waiting_since_s + self.patience_s(candidates)
+        if not len(pool.queue):
+            yield pool.wanted_until_s
+        for replica in self.replicas.values():
+            if replica.ready_since_s is not None and not replica.is_pinned:
+                yield replica.ready_since_s + self._min_residency_s

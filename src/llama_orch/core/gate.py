@@ -1,0 +1,70 @@
+"""Who may enter now: the pool that a request would go to, and the refusals that need no look at its prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from llama_orch.contract.models import Priority, TaskRequest
+from llama_orch.core import admission, refusals
+from llama_orch.core.fleet import Fleet
+from llama_orch.core.pool import Pool
+from llama_orch.core.prediction import Predictor
+from llama_orch.core.task import Task
+from llama_orch.errors import LlorchError
+
+
+class Gate:
+    """Over the scheduler's own tasks and fleet. Raises refusals; changes nothing but the quarantine of a pool."""
+
+    def __init__(self, fleet: Fleet, predictor: Predictor, tasks: Mapping[str, Task]) -> None:
+        self._fleet = fleet
+        self._predictor = predictor
+        self._tasks = tasks
+
+    def choose_pool(self, request: TaskRequest) -> Pool:
+        """The pool that the request would best go to now: ready ones first, then the least loaded per slot."""
+        found = admission.matching_pools(list(self._fleet.pools.values()), request)
+
+        def load(pool: Pool) -> tuple[bool, bool, bool, bool, float]:
+            busy = sum(replica.slots_busy for replica in pool.replicas.values())
+            is_full = bool(len(pool.queue)) and len(pool.queue) >= pool.queue.capacity
+            per_slot = (len(pool.queue) + busy) / max(1, pool.slots_total())
+            is_closed = pool.is_draining or pool.is_paused
+            return (is_closed, not pool.is_live, not pool.is_ready, is_full, per_slot)
+
+        return min(found, key=load)
+
+    def check_room(self, pool: Pool, priority: Priority, now: float) -> None:
+        """Refuse what `submit` would refuse now whatever the prompt is: an early word, the verdict is `submit`'s."""
+        self.check_open(pool, now)
+        if pool.queue.is_closed_to(priority) and not any(r.can_take(exclusive=False) for r in pool.replicas.values()):
+            raise self.no_room(pool, now)
+
+    def no_room(self, pool: Pool, now: float) -> LlorchError:
+        if not pool.is_ready and not len(pool.queue):  # a queue of no places is not what stands in the way
+            return refusals.unready(pool, self._predictor.ready_advice_ms(pool, now))
+        return refusals.full(pool, self._predictor.advice_ms(pool, self._tasks, now))
+
+    def check_open(self, pool: Pool, now: float) -> None:
+        """Whether the pool takes tasks at all."""
+        if self._fleet.is_ending:
+            raise refusals.ending(pool)
+        if pool.is_draining:
+            raise refusals.draining(pool, now)
+        if pool.is_paused:
+            raise refusals.reloading(pool, self._predictor.advice_ms(pool, self._tasks, now))
+        if not pool.is_live:
+            self._fleet.revive(pool, now)
+        if not pool.is_live:
+            raise refusals.gone(pool)
+        if (lost := self._fleet.lost_devices(pool)) is not None:
+            raise refusals.without_devices(pool, lost)
+
+    def check_deadline(self, pool: Pool, task: Task, now: float) -> None:
+        """Refuse a deadline that cannot be met, as far as that is known (HP-ADM-7)."""
+        if task.deadline_s is None:
+            return
+        wait_s = self._predictor.newcomer_wait_s(pool, task, self._tasks, now)
+        if wait_s is None or now + wait_s < task.deadline_s:
+            return
+        raise refusals.cannot_be_met(pool, task, wait_s, self._predictor.advice_ms(pool, self._tasks, now))

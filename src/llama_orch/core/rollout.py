@@ -1,0 +1,141 @@
+"""Another model in a pool's place, as a whole or not at all (HP-CTL-2).
+
+Where the devices have room for both, the new model is loaded beside the old one. Else the old one finishes what it was
+given, leaves, and the new one is loaded in its room; meanwhile the pool takes no new tasks. Either way a task runs on
+the model that it was admitted for: the new model is a Pool of its own, with a queue of its own, that takes over the id
+once all of its replicas serve. If one of them does not, the new ones leave and the old ones stay or come back.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from llama_orch.contract.models import ReplicaState
+from llama_orch.core.fleet import Fleet
+from llama_orch.core.pool import Pool
+from llama_orch.core.replica import Replica
+from llama_orch.core.residency import shortage
+
+
+class Phase(StrEnum):
+    """How far a rollout is."""
+
+    BESIDE = "beside"  # the new replicas load while the old ones serve
+    DRAINING = "draining"  # the old ones finish what they were given
+    IN_PLACE = "in_place"  # the old ones leave, and the new ones load in their room
+
+
+@dataclass(slots=True, eq=False)
+class Rollout:
+    """One reload under way."""
+
+    old: Pool
+    new: Pool
+    phase: Phase = Phase.BESIDE
+
+
+class Rollouts:
+    """The reloads under way, at most one for each pool."""
+
+    def __init__(self, fleet: Fleet) -> None:
+        self._fleet = fleet
+        self._by_pool: dict[str, Rollout] = {}
+
+    def is_under_way(self, pool_id: str) -> bool:
+        return pool_id in self._by_pool
+
+    def begin(self, old: Pool, new: Pool, now: float) -> None:
+        """All replicas of `new` are `unloaded`."""
+        pool_id = old.spec.pool_id
+        rollout = self._by_pool[pool_id] = Rollout(old, new)
+        self._fleet.coming[pool_id] = new
+        self._fleet.add(new)
+        if self._load_all(new, now):
+            old.last_reload = f"loading {new.spec.model} beside {old.spec.model}"
+            return
+        rollout.phase = Phase.DRAINING
+        old.is_paused = True
+        old.last_reload = f"waiting for the tasks of {old.spec.model}, then loading {new.spec.model} in its place"
+
+    def _load_all(self, new: Pool, now: float) -> bool:
+        """Start all replicas; none, where one of them has no room."""
+        for replica in new.replicas.values():
+            if not self._fleet.ledger.has_room(replica):
+                for other in new.replicas.values():
+                    if other.state is ReplicaState.LOADING:
+                        other.mark_unloaded()
+                return False
+            replica.mark_loading(now, is_launched=False)  # holds the room while the others are looked at
+        for replica in new.replicas.values():
+            self._fleet.load(replica, now)
+        return True
+
+    def of(self, replica: Replica) -> Rollout | None:
+        """The rollout that brings this replica."""
+        rollout = self._by_pool.get(replica.pool_id)
+        return rollout if rollout is not None and replica.replica_id in rollout.new.replicas else None
+
+    def came(self, replica: Replica) -> None:
+        """One of the new replicas serves; with the last one the new model takes over."""
+        rollout = self.of(replica)
+        if rollout is not None and all(r.state is ReplicaState.READY for r in rollout.new.replicas.values()):
+            self._take_over(rollout)
+
+    def _take_over(self, rollout: Rollout) -> None:
+        old, new = rollout.old, rollout.new
+        pool_id = new.spec.pool_id
+        del self._by_pool[pool_id], self._fleet.coming[pool_id]
+        self._fleet.pools[pool_id] = new
+        self._fleet.retiring.append(old)
+        old.is_paused = True
+        new.tokens_in, new.tokens_out = old.tokens_in, old.tokens_out
+        new.last_reload = f"done: {new.spec.model} serves in place of {old.spec.model}"
+
+    def failed(self, pool_id: str, reason: str, now: float) -> None:
+        """The old model keeps its place: its replicas are there, or are loaded again. Nothing without a rollout."""
+        rollout = self._by_pool.pop(pool_id, None)
+        if rollout is None:
+            return
+        del self._fleet.coming[pool_id]
+        self._fleet.retiring.append(rollout.new)
+        rollout.old.is_paused = False
+        rollout.old.last_reload = (
+            f"failed: {rollout.new.spec.model}: {reason}; {rollout.old.spec.model} keeps its place"
+        )
+        if rollout.phase is Phase.IN_PLACE and not rollout.old.is_draining:
+            _promise(rollout.old, now)
+
+    def settle(self, now: float) -> None:
+        """Take the steps that are due, and see off what has no work left."""
+        for rollout in list(self._by_pool.values()):
+            self._step(rollout, now)
+        for pool in list(self._fleet.retiring):
+            self._see_off(pool)
+
+    def _step(self, rollout: Rollout, now: float) -> None:
+        old, new = rollout.old, rollout.new
+        if rollout.phase is Phase.DRAINING and old.is_idle:
+            rollout.phase = Phase.IN_PLACE
+            old.last_reload = f"loading {new.spec.model} in place of {old.spec.model}"
+            for replica in old.replicas.values():
+                self._fleet.unload(replica, "reload")
+            _promise(new, now)
+        elif rollout.phase is Phase.IN_PLACE and any(r.state is ReplicaState.UNLOADED for r in new.replicas.values()):
+            self.failed(old.spec.pool_id, shortage(new.replicas.values(), self._fleet.ledger), now)
+
+    def _see_off(self, pool: Pool) -> None:
+        if not pool.is_idle:
+            return
+        for replica in pool.replicas.values():
+            self._fleet.unload(replica, "reload")
+        if not pool.is_loaded:
+            self._fleet.retiring.remove(pool)
+            self._fleet.dispose(pool)
+
+
+def _promise(pool: Pool, now: float) -> None:
+    """Keep room for the replicas: they are launched once those who are leaving have left."""
+    for replica in pool.replicas.values():
+        if replica.state is ReplicaState.UNLOADED:
+            replica.mark_loading(now, is_launched=False)

@@ -1,0 +1,60 @@
+"""The models that a service can load, by reference, and what each of them would take."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from llama_orch.models.gguf import GgufError, GgufHeader, read_gguf_header
+from llama_orch.models.memory import LoadSettings, memory_need
+from llama_orch.models.references import resolve
+
+# Tokens of context per slot, slots, backend -> bytes in total; None where nothing can be told.
+Need = Callable[[int, int, str], int | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """One model file. `ctx_trained` is in tokens, None where it is not stated."""
+
+    reference: str
+    path: Path
+    ctx_trained: int | None
+    need: Need
+
+
+class Library(Protocol):
+    """Where references lead."""
+
+    def look(self, reference: str) -> Model:
+        """The model behind the reference. Raises ModelNotFound. Reads a file's header: some milliseconds."""
+
+    def is_open(self, reference: str) -> bool:
+        """Whether anybody with the token may name it, wherever it lies."""
+
+
+class FileLibrary:
+    """Models that are files of this machine."""
+
+    def is_open(self, reference: str) -> bool:
+        return reference.startswith("builtin:")
+
+    def look(self, reference: str) -> Model:
+        path = resolve(reference)
+        try:
+            header = read_gguf_header(path)
+        except (GgufError, OSError):
+            # The engine takes the file all the same, or refuses it with its own words: a simulated one reads none.
+            return Model(reference, path, None, lambda ctx, slots, backend: None)
+        return Model(reference, path, header.context_length or None, lambda *figures: _need_bytes(header, *figures))
+
+
+def _need_bytes(header: GgufHeader, ctx: int, slots: int, backend: str) -> int | None:
+    """What a worker will take. A simulated device stands for a card."""
+    try:
+        settings = LoadSettings(ctx, slots, backend="cpu" if backend == "cpu" else "cuda")
+        return memory_need(header, settings).total_bytes
+    except GgufError:
+        return None

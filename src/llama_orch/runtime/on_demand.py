@@ -1,0 +1,206 @@
+"""Models that tasks and reloads name: which of them may be named, and pools for those that no pool serves (HP-PLC-8).
+
+A task may name what is built in, and files below `catalog.file_roots`; whoever holds the token is not thereby let into
+the rest of the disk. Whether a file is there is not told of paths outside of the roots.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+from pathlib import Path
+
+from msgspec import structs
+
+from llama_orch.contract.config import PoolSettings, Settings
+from llama_orch.contract.models import ReplicaState, TaskRequest
+from llama_orch.core.pool import Pool
+from llama_orch.core.scheduler import Scheduler
+from llama_orch.errors import InvalidParams, LlorchError, NotFound, ReplicaExhausted
+from llama_orch.models.references import ModelNotFound
+from llama_orch.runtime.builder import Builder, Built, Draft, Room
+from llama_orch.runtime.library import Model
+from llama_orch.runtime.plan import empty_room, model_problem, seat_alone
+from llama_orch.runtime.replicas import Replicas
+
+ALIASES_MAX = 16  # names of one file that a pool answers to
+POOLS_MAX = 64  # on demand, loaded or not
+CTX_AUTO_MAX = 8192  # where neither task nor model ask for less; tokens per slot
+CTX_AUTO_MIN = 2048  # below this an automatic context is not lowered to make a model fit
+_ENGINES = ("llamacpp", "ctransformers", "simulated")  # the first one that takes the model
+
+Look = Callable[[str], Awaitable[Model]]
+
+
+class Shelf:
+    """What may be named, and the pools that are made of it. `look` finds a model without holding up the event loop."""
+
+    def __init__(
+        self, settings: Settings, builder: Builder, scheduler: Scheduler, replicas: Replicas, look: Look
+    ) -> None:
+        self._settings = settings
+        self._builder = builder
+        self._scheduler = scheduler
+        self._replicas = replicas
+        self._look = look
+        self._pool_settings = {pool.id: pool for pool in settings.pools}
+        self._roots = [Path(root).expanduser().resolve() for root in settings.catalog.file_roots]
+
+    # -- a pool for a task ---------------------------------------------------------------------------------------------
+
+    async def pool_for(self, request: TaskRequest, refusal: LlorchError) -> Pool:
+        """A pool on demand for a task that no pool can take; `refusal` where there can be none."""
+        if not self._settings.on_demand.enabled or not self._may_be_named(request.model_ref):
+            raise refusal
+        try:
+            model = await self._look(request.model_ref)
+        except ModelNotFound as error:
+            raise NotFound(str(error)) from error
+        if (known := self._known(model, request)) is not None:
+            return known
+        draft = self._draft(model, request)
+        built = self._builder.build(draft, state=ReplicaState.UNLOADED, is_on_demand=True)
+        self._make_room()
+        self._replicas.add(built.workers)
+        self._scheduler.fleet.add(built.pool)
+        self._pool_settings[draft.settings.id] = draft.settings
+        return built.pool
+
+    def _may_be_named(self, reference: str) -> bool:
+        kind, _, rest = reference.partition(":")
+        if kind == "file":
+            path = Path(rest)
+            return path.is_absolute() and any(path.resolve().is_relative_to(root) for root in self._roots)
+        return self._builder.library.is_open(reference)
+
+    def _known(self, model: Model, request: TaskRequest) -> Pool | None:
+        """A pool that has the same file under another name; it answers to this name from now on."""
+        for pool in self._scheduler.pools.values():
+            is_able = request.engine in (None, pool.spec.engine) and (request.ctx or 0) <= pool.spec.ctx
+            paths = {self._replicas.spec(replica_id).model_path for replica_id in pool.replicas}
+            if is_able and model.path in paths:
+                if not pool.serves(request.model_ref):
+                    aliases = (*pool.spec.aliases, request.model_ref)[-ALIASES_MAX:]
+                    pool.spec = replace(pool.spec, aliases=aliases)
+                return pool
+        return None
+
+    def _draft(self, model: Model, request: TaskRequest) -> Draft:
+        """The first engine that takes the model, with as much context as was asked for or as fits."""
+        problems = []
+        names = [name for name in _ENGINES if name in self._builder.engines]
+        names = names if len(names) == 1 else [name for name in names if name != "simulated"]
+        for name in [name for name in names if request.engine in (None, name)]:
+            ctx = request.ctx or self._ctx_auto(model)
+            problem = model_problem(self._builder.engines[name], model, ctx)
+            if problem is None:
+                return self._seated(name, model, ctx, is_ctx_asked=request.ctx is not None)
+            problems.append(f"{name}: {problem}")
+        given = "; ".join(problems) or f"there is no engine {request.engine!r}; there are: {', '.join(names)}"
+        raise InvalidParams(f"{request.model_ref!r} cannot be served: {given}", engine=request.engine)
+
+    @staticmethod
+    def _ctx_auto(model: Model) -> int:
+        return min(model.ctx_trained or CTX_AUTO_MIN, CTX_AUTO_MAX)
+
+    def _seated(self, engine: str, model: Model, ctx: int, *, is_ctx_asked: bool) -> Draft:
+        """Places for its replicas. Only a context that nobody asked for is lowered until the model fits."""
+        while True:
+            draft = self._builder.draft(self._settings_for(engine, model, ctx), model)
+            seat_alone(self._builder, draft, self._empty())
+            if any(seat.problem is None for seat in draft.seats):
+                return draft
+            if is_ctx_asked or ctx // 2 < CTX_AUTO_MIN:
+                raise _fits_nowhere(draft)
+            ctx //= 2
+
+    def _settings_for(self, engine: str, model: Model, ctx: int) -> PoolSettings:
+        wanted = self._settings.on_demand
+        return PoolSettings(
+            id=_pool_id(engine, model, ctx),
+            engine=engine,
+            model=model.reference,
+            slots=wanted.slots,
+            ctx=ctx,
+            max_tokens=min(PoolSettings().max_tokens, ctx),
+            keep_alive_ms=wanted.keep_alive_ms,
+        )
+
+    def _empty(self) -> Room:
+        return empty_room([source.device for source in self._builder.sources.values()])
+
+    def _make_room(self) -> None:
+        """The list of pools is bounded: one that has not been used for the longest time goes, if it is not loaded."""
+        ours = [pool for pool in self._scheduler.pools.values() if pool.spec.is_on_demand]
+        if len(ours) < POOLS_MAX:
+            return
+        idle = [pool for pool in ours if pool.is_idle and not pool.is_loaded]
+        if not idle:
+            raise ReplicaExhausted(
+                f"{POOLS_MAX} models are loaded on demand, which is the limit; repeat later", retry_after_ms=10_000
+            )
+        oldest = min(idle, key=lambda pool: max(replica.last_used_s for replica in pool.replicas.values()))
+        self._scheduler.fleet.remove(oldest)
+        del self._pool_settings[oldest.spec.pool_id]
+
+    # -- another model for a pool --------------------------------------------------------------------------------------
+
+    async def successor(self, pool_id: str, reference: str) -> Built:
+        """The pool with another model, to take its place. Raises the reasons why it cannot be."""
+        old = self._scheduler.pool(pool_id)
+        is_configured = any(pool.model == reference for pool in self._settings.pools)
+        if not (is_configured or self._may_be_named(reference)):
+            raise NotFound(
+                f"there is no model {reference!r}; name one of the configuration's, builtin:tiny, or a file below one "
+                "of `catalog.file_roots`"
+            )
+        try:
+            model = await self._look(reference)
+        except ModelNotFound as error:
+            raise NotFound(str(error)) from error
+        settings = structs.replace(self._pool_settings[pool_id], model=reference)
+        problem = model_problem(self._builder.engines[settings.engine], model, settings.ctx)
+        if problem is not None:
+            raise InvalidParams(f"{reference!r} cannot be served by pool {pool_id}: {problem}", engine=settings.engine)
+        draft = self._builder.draft(settings, model)
+        self._seat_in_place(draft, old)
+        built = self._builder.build(draft, state=ReplicaState.UNLOADED, is_on_demand=old.spec.is_on_demand)
+        self._replicas.add(built.workers)
+        return built
+
+    def withdraw(self, built: Built) -> None:
+        """It does not take the pool's place after all."""
+        for replica_id in built.workers:
+            self._replicas.discard(replica_id)
+
+    def _seat_in_place(self, draft: Draft, old: Pool) -> None:
+        """Where the pool's devices have room for it once the old model has left."""
+        ledger = self._scheduler.fleet.ledger
+        leaving = [replica for replica in old.replicas.values() if replica.holds_memory]
+        free = {
+            device_id: ledger.free_bytes(device_id) + sum(r.need_bytes.get(device_id, 0) for r in leaving)
+            for device_id in ledger.devices
+        }
+        room = Room(free)
+        self._builder.seat(draft, room)
+        while self._builder.widen(draft, room):
+            pass
+        if all(seat.problem is not None for seat in draft.seats):
+            raise _fits_nowhere(draft)
+        draft.seats = [seat for seat in draft.seats if seat.problem is None]
+
+
+def _fits_nowhere(draft: Draft) -> InvalidParams:
+    problems = [seat.problem for seat in draft.seats if seat.problem is not None]
+    needs = {device_id: need for seat in draft.seats for device_id, need in seat.need_bytes.items()}
+    return InvalidParams("; ".join(problems), engine=draft.settings.engine, details={"need_bytes": needs})
+
+
+def _pool_id(engine: str, model: Model, ctx: int) -> str:
+    """Readable, and one for each file, engine and context."""
+    kind, _, rest = model.reference.partition(":")
+    name = re.sub(r"[^A-Za-z0-9._-]", "-", Path(rest).stem if kind == "file" else rest)[:40]
+    digest = hashlib.sha256(f"{model.path}|{engine}|{ctx}".encode()).hexdigest()
+    return f"on-demand-{name}-{digest[:6]}"
