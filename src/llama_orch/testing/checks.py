@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from llama_orch.contract.models import ErrorCode, Priority, ReplicaState, TaskState
-from llama_orch.core.effects import Abort, Admitted, Effect, Ended, Forget, Load, Start
+from llama_orch.core.effects import Abort, Admitted, Condemn, Dispose, Effect, Ended, Forget, Load, Start, Unload
 from llama_orch.core.pool import Pool
 from llama_orch.core.queue import PRIORITIES
 from llama_orch.core.task import ENDED, Task
@@ -62,7 +62,7 @@ class Checker:
         self._now = now
         self._take = self._scheduler.take_effects
         self._scheduler.take_effects = self._taken  # type: ignore[method-assign]
-        self._last_started: dict[tuple[str, Priority], int] = {}
+        self._last_started: dict[tuple[Pool, Priority], int] = {}
         self.lives: dict[str, Life] = {}
         self.past: list[Life] = []  # forgotten ones
         self.tally = Tally()
@@ -89,7 +89,7 @@ class Checker:
     def check(self) -> None:
         """The state as it is now."""
         self._check_leases()
-        for pool in self._scheduler.pools.values():
+        for pool in self._scheduler.fleet.every_pool():
             self._check_queue(pool)
         self.check_devices()
         for life in self.lives.values():
@@ -100,11 +100,22 @@ class Checker:
     def name(task: Task) -> str:
         return f"task {task.number}"
 
+    def whereabouts(self, task_id: str | None) -> str:
+        """What a task waits for, as far as can be told."""
+        life = None if task_id is None else self.lives.get(task_id)
+        if life is None:
+            return "not admitted"
+        task = life.task
+        if task.state is not TaskState.QUEUED:
+            return f"{task.state.value} on {task.replica_id}"
+        states = ", ".join(f"{r.replica_id} {r.state.value}" for r in task.pool.replicas.values())
+        return f"queued in {task.pool_id} ({states}), which lacks {task.pool.why_not_loaded or 'nothing'}"
+
     # -- effects -------------------------------------------------------------------------------------------------------
 
     def _see(self, effect: Effect) -> None:
-        if isinstance(effect, Load):
-            return self._on_load(effect.replica_id)
+        if isinstance(effect, Load | Unload | Condemn | Dispose):
+            return self._on_replica(effect)
         kind, task_id = type(effect).__name__, effect.task_id
         life = self.lives.get(task_id)
         last = "" if life is None else life.last
@@ -129,18 +140,29 @@ class Checker:
                 self.expect(life.task.lease is None, f"{self.name(life.task)} is forgotten, but holds a slot")
                 self.past.append(self.lives.pop(task_id))
 
-    def _on_load(self, replica_id: str) -> None:
-        replica = self._scheduler.replicas[replica_id]
-        self._note(f"load {replica_id} on {', '.join(replica.device_ids)}")
-        self.expect(replica.state is ReplicaState.LOADING, f"{replica_id} is to be loaded, but is {replica.state}")
-        self.expect(not self._scheduler.is_draining, f"{replica_id} is to be loaded while the service ends")
+    def _on_replica(self, effect: Load | Unload | Condemn | Dispose) -> None:
+        replica_id, kind = effect.replica_id, type(effect).__name__.lower()
+        replica = self._scheduler.replicas.get(replica_id)
+        reason = "" if isinstance(effect, Load | Dispose) else f": {effect.reason}"
+        self._note(f"{kind} {replica_id}{reason}")
+        if replica is None:
+            return self.expect(isinstance(effect, Dispose), f"{kind} of {replica_id}, which does not exist")
+        match effect:
+            case Load():
+                self.expect(replica.state is ReplicaState.LOADING, f"{replica_id} is to be loaded, but {replica.state}")
+                self.expect(not self._scheduler.is_draining, f"{replica_id} is to be loaded while the service ends")
+            case Unload():
+                # What is unloaded at once may be told with the next event's effects; work it has none in any case.
+                self.expect(not replica.leases, f"{replica_id} is to be unloaded with work on it")
+            case Dispose():
+                self.violate(f"{replica_id} is disposed of, but is there")
 
     def _on_start(self, task: Task) -> None:
         self.tally.started[task.pool_id] += 1
         slots = () if task.lease is None else task.lease.slots
         self._note(f"{self.name(task)} starts on {task.replica_id} slots {','.join(map(str, slots))}")
-        pool = self._scheduler.pools[task.pool_id]
-        key = task.pool_id, task.priority
+        pool = task.pool
+        key = pool, task.priority
         last = self._last_started.get(key, 0)
         self.expect(
             last < task.number, f"{self.name(task)} starts after task {last} of its priority: not first in, first out"
@@ -211,7 +233,7 @@ class Checker:
         queued = {
             task_id
             for task_id, task in self._scheduler.tasks.items()
-            if task.state is TaskState.QUEUED and task.pool_id == pool_id
+            if task.state is TaskState.QUEUED and task.pool is pool
         }
         for task_id in queued ^ set(waiting):
             self.violate(f"task {task_id[:8]} of {pool_id} is queued in one place and not in the other")
@@ -225,9 +247,9 @@ class Checker:
             used = self._stage.machine.used_bytes(device_id)
             total = device.vram_total_bytes
             self.expect(used <= total, f"{device_id} is oversold: workers hold {used} of {total} bytes")
-            reserved = self._stage.reserved_bytes(device)
-            if reserved is not None:
-                self.expect(reserved <= total, f"{device_id} is oversold: the ledger gave {reserved} of {total} bytes")
+            ledger = self._scheduler.fleet.ledger
+            held, room = ledger.held_bytes(device_id), ledger.capacity_bytes(device_id)
+            self.expect(held <= room, f"{device_id} is oversold: the ledger gave {held} of {room} bytes")
 
     # -- the end -------------------------------------------------------------------------------------------------------
 
@@ -235,7 +257,8 @@ class Checker:
         """Once all clients are done and all engines have let go."""
         for life in self.lives.values():
             self.expect(
-                life.last == "Ended", f"{self.name(life.task)} has no end; the last thing it met was {life.last}"
+                life.last == "Ended",
+                f"{self.name(life.task)} has no end: {life.last}, {self.whereabouts(life.task.task_id)}",
             )
             self.expect(life.task.lease is None, f"{self.name(life.task)} still holds a slot")
         for replica in self._scheduler.replicas.values():

@@ -103,18 +103,16 @@ class Faults:
 
     async def _on_pool(self, fault: Fault) -> None:
         pool_id = self._world.pools[fault.pick % len(self._world.pools)].id
-        drain, reload = self._stage.drain_pool, self._stage.reload_pool
-        if drain is None or reload is None:
-            return
+        service = self._stage.service
         try:
             if fault.kind == "drain":
                 deadline_ms = DRAIN_MS[fault.pick % len(DRAIN_MS)]
                 self._note(f"drain {pool_id} within {deadline_ms} ms")
-                await drain(pool_id, deadline_ms)
+                await service.drain_pool(pool_id, deadline_ms)
             else:
                 model = self._world.models[fault.pick % len(self._world.models)]
                 self._note(f"reload {pool_id} with {model.name}")
-                await reload(pool_id, model.reference)
+                await service.reload_pool(pool_id, model.reference)
             self._note(f"{fault.kind} {pool_id} has returned")
         except LlorchError as error:
             self._note(f"{fault.kind} {pool_id} refused: {error.code.value}")

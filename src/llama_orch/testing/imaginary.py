@@ -8,6 +8,7 @@ from pathlib import Path
 
 from llama_orch.engines.simulated import ServiceModel
 from llama_orch.models.references import ModelNotFound
+from llama_orch.runtime.library import Model
 from llama_orch.testing.cards import GIB, GIGA, Card
 
 MIB = 2**20
@@ -31,8 +32,8 @@ class ImaginaryModel:
 
     @property
     def reference(self) -> str:
-        """What pools and tasks call it."""
-        return f"file:{self.name}"
+        """What pools and tasks call it. Of the kind that a configuration may name without a file."""
+        return f"builtin:{self.name}"
 
     @property
     def path(self) -> Path:
@@ -44,19 +45,23 @@ class ImaginaryModel:
         return self.weights_bytes + ctx * slots * self.kv_bytes_per_token + SCRATCH_BYTES + context
 
 
-class Shelf:
-    """The library of a simulation: nothing but these models."""
+class ImaginaryLibrary:
+    """The library of a simulation: nothing but these models, and anybody may name them."""
 
     def __init__(self, models: Iterable[ImaginaryModel]) -> None:
         self._models = {model.reference: model for model in models}
         self._by_path = {model.path: model for model in self._models.values()}
 
-    def look(self, reference: str) -> ImaginaryModel:
+    def look(self, reference: str) -> Model:
         try:
-            return self._models[reference]
+            model = self._models[reference]
         except KeyError:
             known = ", ".join(self._models)
             raise ModelNotFound(f"there is no {reference!r}; the models here are: {known}") from None
+        return Model(reference, model.path, model.ctx_trained, model.need)
+
+    def is_open(self, reference: str) -> bool:
+        return True
 
     def at(self, path: Path) -> ImaginaryModel:
         """The model that a worker was told to load."""

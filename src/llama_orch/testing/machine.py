@@ -9,31 +9,34 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from llama_orch.core.pool import Device
-from llama_orch.devices.inventory import Source
+from llama_orch.core.ledger import Device
+from llama_orch.devices.inventory import Backend, Source
 from llama_orch.devices.nvml import Reading
 from llama_orch.engines.base import ReplicaSpec
 from llama_orch.engines.simulated import NO_MEMORY, ServiceModel, SimulatedEngine, SimulatedWorker
 from llama_orch.testing.cards import Card
-from llama_orch.testing.imaginary import Pace, Shelf, physical_pace
+from llama_orch.testing.imaginary import ImaginaryLibrary, Pace, physical_pace
 
 LOST = "CUDA error: the card has fallen off the bus"
 
 
 class Machine:
-    """Cards and what is on them now. `on_launch` hears of each worker, with the number of its launch."""
+    """Cards and what is on them now. `on_launch` hears of each worker, with the number of its launch. With the backend
+    `cuda` the service takes the cards for real ones: it waits for their memory to return, and asks for processes."""
 
     def __init__(
         self,
         cards: Sequence[Card],
-        shelf: Shelf,
+        library: ImaginaryLibrary,
         *,
         pace: Pace | None = None,
         strict_needs_exclusive: bool = True,
+        backend: Backend = "simulated",
         on_launch: Callable[[SimulatedWorker, int], None] | None = None,
     ) -> None:
         self.cards = {card.device_id: card for card in cards}
-        self.shelf = shelf
+        self.library = library
+        self._backend = backend
         self.engine = SimulatedEngine(
             self._service, strict_needs_exclusive=strict_needs_exclusive, on_launch=self._launched
         )
@@ -47,11 +50,11 @@ class Machine:
     # -- what the service sees ---------------------------------------------------------------------------------------
 
     def _source(self, card: Card) -> Source:
-        device = Device(card.device_id, card.device_id, "simulated", card.vram_bytes, card.vram_bytes)
+        device = Device(card.device_id, card.device_id, self._backend, card.vram_bytes, card.vram_bytes)
         # The device's id as its UUID, so that a worker's spec says where it runs.
         return Source(
             device,
-            "simulated",
+            self._backend,
             card.device_id,
             partial(self.read_free_bytes, card.device_id),
             read_card=partial(self._read, card.device_id),
@@ -83,7 +86,7 @@ class Machine:
 
     def share_bytes(self, spec: ReplicaSpec, device_id: str) -> int:
         """What a worker takes of one of its cards."""
-        need = self.shelf.at(spec.model_path).need(spec.ctx, spec.slots, spec.backend)
+        need = self.library.at(spec.model_path).need(spec.ctx, spec.slots, spec.backend)
         shares = spec.tensor_split or (1.0,) * len(spec.device_uuids)
         return round(need * shares[spec.device_uuids.index(device_id)] / sum(shares))
 
@@ -104,7 +107,7 @@ class Machine:
     # -- the engine's side -------------------------------------------------------------------------------------------
 
     def _service(self, spec: ReplicaSpec) -> ServiceModel:
-        return self._pace(self.shelf.at(spec.model_path), [self.cards[device_id] for device_id in spec.device_uuids])
+        return self._pace(self.library.at(spec.model_path), [self.cards[device_id] for device_id in spec.device_uuids])
 
     def _launched(self, worker: SimulatedWorker) -> None:
         """A load takes its memory at once, or fails in the end."""

@@ -51,7 +51,8 @@ def problems(stage: Stage, checker: Checker) -> Iterator[str]:
     for task in scheduler.tasks.values():
         if task.lease is not None:
             busy[task.lease.replica_id,] += len(task.lease.slots)
-    ready = {(r.replica_id,): 1 for r in scheduler.replicas.values() if r.state is ReplicaState.READY}
+    replicas = [replica for pool in scheduler.fleet.every_pool() for replica in pool.replicas.values()]
+    ready = {(r.replica_id,): 1 for r in replicas if r.state is ReplicaState.READY}
     true: dict[str, Mapping[Any, float]] = {
         "queue_depth": waiting,
         "slots_busy": busy,

@@ -21,13 +21,14 @@ from llama_orch.testing import scrape
 from llama_orch.testing.checks import Checker
 from llama_orch.testing.clients import Client
 from llama_orch.testing.faults import Faults
-from llama_orch.testing.imaginary import Shelf
+from llama_orch.testing.imaginary import ImaginaryLibrary
 from llama_orch.testing.loop import run
 from llama_orch.testing.machine import Machine
 from llama_orch.testing.stage import Stage, on_stage, settings_of
 from llama_orch.testing.world import World, a_world
 
 END_LIMIT_S = 600.0  # of virtual time after the last arrival: whatever happens, all has ended by then
+TRACE_MAX = 5_000  # lines; a hundred are usual
 QUIET_LIMIT_S = 1200.0  # for tasks whose clients have left: longer than all the loads of a replica that is given up
 
 Prepare = Callable[[Stage], None]
@@ -58,10 +59,10 @@ def simulate_world(world: World, prepare: Prepare | None = None) -> Run:
     with _silence():
         try:
             run(_Simulation(world, result).run(prepare))
-        except RuntimeError as error:  # a standstill: nothing is ready and nothing is scheduled
+        except RuntimeError as error:  # a standstill, where nothing is ready and nothing is scheduled, or a circle
             result.violations.append(str(error))
         except ExceptionGroup as error:
-            result.violations += [f"the service fell over: {one!r}" for one in error.exceptions]
+            result.violations += [f"the service fell over: {one!r}" for one in _leaves(error)]
     return result
 
 
@@ -74,6 +75,8 @@ class _Simulation:
         self._faults: Faults
 
     def _note(self, text: str) -> None:
+        if len(self._result.trace) >= TRACE_MAX:
+            raise RuntimeError(f"more than {TRACE_MAX} lines of trace: it goes in circles")
         self._result.trace.append(f"{self._now():9.3f} {text}")
 
     @staticmethod
@@ -86,9 +89,10 @@ class _Simulation:
         loop.set_exception_handler(self._unhandled)
         machine = Machine(
             world.cards,
-            Shelf(world.models),
+            ImaginaryLibrary(world.models),
             pace=world.pace,
             strict_needs_exclusive=world.strict_needs_exclusive,
+            backend=world.backend,
             on_launch=lambda worker, number: self._launched(worker, number),
         )
 
@@ -99,7 +103,9 @@ class _Simulation:
             self._checker.violations = self._result.violations
             self._faults = Faults(world, stage, self._note)
 
-        async with on_stage(settings_of(world.pools, tasks=world.tasks), machine, watch) as stage:
+        async with on_stage(
+            settings_of(world.pools, tasks=world.tasks, on_demand=world.on_demand), machine, watch
+        ) as stage:
             await self._live(stage, self._checker, self._faults)
             self._finish(stage, self._checker)
         self._checker.check()  # once more, now that the service has ended
@@ -117,7 +123,8 @@ class _Simulation:
         await asyncio.wait(going, timeout=limit_s)
         for client, task in zip(self._clients, going, strict=True):
             if not task.done():
-                checker.violate(f"{client.name} still waits after {limit_s:.0f} s")
+                where = checker.whereabouts(client.request.task_id)
+                checker.violate(f"{client.name} still waits after {limit_s:.0f} s: {where}")
                 task.cancel()
         await asyncio.wait(going)
         for problem in scrape.problems(stage, checker):
@@ -155,6 +162,15 @@ class _Simulation:
 
     def _unhandled(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
         self._result.violations.append(f"unhandled: {context.get('message')}: {context.get('exception')!r}")
+
+
+def _leaves(error: ExceptionGroup[Exception]) -> Iterator[Exception]:
+    """What groups of groups hold in the end, each text once."""
+    seen: dict[str, Exception] = {}
+    for one in error.exceptions:
+        for leaf in _leaves(one) if isinstance(one, ExceptionGroup) else [one]:
+            seen.setdefault(repr(leaf), leaf)
+    yield from seen.values()
 
 
 @contextmanager

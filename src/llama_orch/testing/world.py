@@ -11,8 +11,9 @@ from typing import Any
 
 from msgspec import UNSET
 
-from llama_orch.contract.config import PoolSettings, QueueSettings, TasksSettings
+from llama_orch.contract.config import OnDemandSettings, PoolSettings, QueueSettings, TasksSettings
 from llama_orch.contract.models import Determinism, Priority, Sampling, TaskRequest
+from llama_orch.devices.inventory import Backend
 from llama_orch.engines.simulated import ServiceModel
 from llama_orch.testing.cards import GIB, Card, parse_cards
 from llama_orch.testing.imaginary import ImaginaryModel, a_model
@@ -66,6 +67,8 @@ class World:
     arrivals: list[Arrival]
     faults: list[Fault]
     launch_faults: dict[int, Fault] = field(default_factory=dict)
+    on_demand: OnDemandSettings = field(default_factory=OnDemandSettings)
+    backend: Backend = "simulated"
 
     def pace(self, model: ImaginaryModel, cards: list[Card]) -> ServiceModel:
         return max((self.service[model.name, card.device_id] for card in cards), key=lambda one: one.decode_s_per_token)
@@ -77,7 +80,7 @@ def a_world(seed: int) -> World:
     cards = parse_cards(dice.choice(HOSTS))
     names = dice.sample(list(SIZES_GIB), k=dice.choice([1, 2, 2, 3]))
     models = [a_model(name, gib=SIZES_GIB[name]) for name in names]
-    pools = _pools(dice, models, cards)
+    pools = _pools(dice, models[: dice.randint(1, len(models))], cards)  # the others come on demand
     arrivals = _arrivals(dice, seed, models, pools)
     return World(
         seed=seed,
@@ -93,6 +96,12 @@ def a_world(seed: int) -> World:
         arrivals=arrivals,
         faults=_faults(dice, arrivals[-1].at_s + 3.0),
         launch_faults=_launch_faults(dice),
+        on_demand=OnDemandSettings(
+            slots=dice.choice([1, 2, 4]),
+            keep_alive_ms=dice.choice([0, 500, 5_000, 900_000]),
+            min_residency_ms=dice.choice([0, 1_000, 4_000]),
+        ),
+        backend=dice.choice(["simulated", "cuda"]),
     )
 
 
@@ -111,6 +120,7 @@ def _pools(dice: random.Random, models: list[ImaginaryModel], cards: list[Card])
                 slots=dice.choice([1, 2, 2, 3, 4]),
                 ctx=2048,
                 max_tokens=12,
+                keep_alive_ms=dice.choice([None, None, 0, 700, 5_000]),
                 queue=QueueSettings(
                     capacity=dice.choice([64, 64, 6, 3, 1, 0]), full_policy=dice.choice(["reject", "drop-lru"])
                 ),
