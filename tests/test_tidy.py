@@ -17,7 +17,7 @@ FILE_LINES_MAX = 400
 FUNCTION_LINES_MAX = 60
 
 MAY_CATCH_EVERYTHING = {
-    ("runtime/orchestrator.py", "_run_task"),  # around one task's run
+    ("runtime/decoding.py", "_run_task"),  # around one task's run
     ("runtime/replicas.py", "_one_life"),  # around one replica's supervision
     ("runtime/replicas.py", "_stop"),  # and around its end
     ("api/edge.py", "_http"),  # the border of one request: nothing but our envelope goes out

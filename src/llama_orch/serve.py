@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import uvicorn
 import uvloop
 
+from llama_orch import home_lock
 from llama_orch.api.app import build_app
 from llama_orch.api.protocol import HttpProtocol
 from llama_orch.clock import SystemClock
@@ -43,8 +44,18 @@ SPARE_DESCRIPTORS = 1024  # connections that do not stream, workers, files
 
 
 def run_server(settings: Settings, home: Home, token: str, *, lifeline: bool) -> int:
-    """Serve until told to end; returns the exit code. `lifeline`: also end when standard input closes."""
+    """Serve until told to end; returns the exit code.
+
+    `lifeline` is for the server that a command starts for itself: it ends with the command, which is when standard
+    input closes, and it works beside any other on the same home folder. So it does not hold that folder's lock, and may
+    keep nothing there but caches that are replaced as a whole.
+    """
     logs.set_up(settings.logs.level, settings.logs.format, [token])
+    with contextlib.nullcontext() if lifeline else home_lock.hold(home):
+        return _serve(settings, home, token, lifeline=lifeline)
+
+
+def _serve(settings: Settings, home: Home, token: str, *, lifeline: bool) -> int:
     _allow_descriptors(settings)
     sweep_private_folders()  # what a service that was killed could not remove
     try:

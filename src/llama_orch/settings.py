@@ -173,6 +173,9 @@ def check_settings(settings: Settings) -> list[str]:
         where = f"pools[{index}]"
         problems += _pool_problems(where, pool, settings)
         problems += _pool_device_problems(where, pool, None if settings.devices == "auto" else devices)
+    for index, root in enumerate(settings.catalog.file_roots):
+        if not Path(root).expanduser().is_absolute():
+            problems.append(f"catalog.file_roots[{index}]: {root!r} is no absolute path")
     return problems + list(_not_built_problems(settings))
 
 

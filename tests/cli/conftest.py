@@ -10,7 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from contract_service import ContractService
+from contract_service import ContractService, Task
+from typer.testing import CliRunner, Result
+
+from llama_orch.cli.main import app
+
+TASK_ID = "3f2b8c1e-9d5a-4c57-8a43-0c7d5b1f2e90"
+Invoke = Callable[..., Result]
 
 # The program with a stand-in for its own server, and with a default address where nobody listens.
 _WITH_FAKE_SERVER = """
@@ -42,6 +48,23 @@ def env(home: Path) -> dict[str, str]:
     """The environment of a program without any of our variables but the home folder."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("LLORCH_")}
     return kept | {"LLORCH_HOME": str(home), "PYTHONUNBUFFERED": "1", "COLUMNS": "200"}
+
+
+@pytest.fixture
+def llama_orch(home: Path, monkeypatch: pytest.MonkeyPatch) -> Invoke:
+    """Run the program; keywords are environment variables."""
+    for name in ("LLORCH_URL", "LLORCH_API_TOKEN", "LLORCH_CONFIG"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("LLORCH_HOME", str(home))
+    return lambda *arguments, **env: CliRunner().invoke(app, arguments, env=env)
+
+
+@pytest.fixture
+def remote(llama_orch: Invoke, service: ContractService) -> Invoke:
+    """Run the program against the service, which has one task."""
+    service.tasks[TASK_ID] = Task({"prompt": "forever"})
+    here = {"LLORCH_URL": service.url, "LLORCH_API_TOKEN": service.token}
+    return lambda *arguments, **env: llama_orch(*arguments, **(here | env))
 
 
 Start = Callable[..., "subprocess.Popen[str]"]

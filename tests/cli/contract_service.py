@@ -1,6 +1,7 @@
 """A small service that speaks the contract over real HTTP, for tests of its clients.
 
-The prompt is the script: see `_SCRIPTS`. Run as a program it is a stand-in for `llama-orch serve --lifeline`.
+The prompt is the script of a task (`_SCRIPTS`), the pool that of a drain (`DRAINS`), the model that of a reload
+(`RELOADS`). Run as a program it is a stand-in for `llama-orch serve --lifeline`.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ METRICS = {
     "cost_budget_remaining": None,
 }
 CAPABILITIES = {
-    "api_version": "2.1.0",
+    "api_version": "2.2.0",
     "engines": [
         {
             "engine": "simulated",
@@ -52,7 +53,15 @@ CAPABILITIES = {
     ],
     "pools": [],
     "devices": [
-        {"id": "d0", "name": "card\x1b[31m", "backend": "simulated", "vram_total_bytes": 1 << 30, "vram_free_bytes": 0}
+        {
+            "id": "d0",
+            "name": "card\x1b[31m",
+            "backend": "simulated",
+            "vram_total_bytes": 1 << 30,
+            "vram_free_bytes": 0,
+            "vram_reserved_bytes": 700 << 20,
+            "problem": "lost: \x1bit fell off the bus",
+        }
     ],
     "concurrency": {"recommended": 4, "slots": 4},
     "queue": {"capacity": 64, "full_policy": "reject"},
@@ -74,7 +83,10 @@ POOL = {
     "queue": {"capacity": 64, "full_policy": "reject"},
     "queue_depth": {"interactive": 1, "batch": 2},
     "ready": True,
+    "on_demand": False,
+    "keep_alive_ms": None,
 }
+PASSING_POOL = POOL | {"id": "passing", "on_demand": True, "keep_alive_ms": 300_000}
 REPLICA = {
     "id": "default-0",
     "devices": ["d0"],
@@ -83,6 +95,7 @@ REPLICA = {
     "slots_total": 4,
     "restarts": 0,
     "last_error": None,
+    "vram_reserved_bytes": 1536 << 20,
 }
 HEALTH = {
     "live": True,
@@ -93,6 +106,12 @@ HEALTH = {
     "replicas": [REPLICA],
     "metrics": {"queue_depth": 3, "tokens_in": 0, "tokens_out": 0, "tokens_per_second": None},
 }
+
+
+def health(state: str = "ready", busy: int = 0, waiting: int = 0, **fields: Any) -> dict[str, Any]:
+    """HEALTH with this of its replica, of its queue and of itself."""
+    replica = REPLICA | {"state": state, "slots_busy": busy}
+    return HEALTH | {"replicas": [replica], "metrics": HEALTH["metrics"] | {"queue_depth": waiting}, **fields}
 
 
 def token(index: int, text: str) -> tuple[str, Any]:
@@ -118,6 +137,32 @@ _SCRIPTS: dict[str, list[tuple[str, Any]]] = {
     "later-frame": [("mystery", {"a": 1}), token(0, "ok"), ("end", END)],
     "late-submission": [token(0, "a"), _HOLD],
 }
+# The health of a pool in the answer, and then from one look to the next; the last one stays. None: the pool is gone.
+_DRAINING = [
+    health(busy=1, waiting=2, draining=True),
+    health("backoff", draining=True),
+    health("unloaded", waiting=1, draining=True),
+]
+DRAINS: dict[str, list[dict[str, Any] | None]] = {
+    "default": [*_DRAINING, *(health(state, draining=True) for state in ("unloading", "unloaded"))],
+    "passing": [*_DRAINING, None],
+    "called-off": [*_DRAINING, health()],
+    "endless": [health(busy=1, draining=True)],
+}
+RELOADS: dict[str, list[dict[str, Any] | None]] = {
+    model: [health(last_reload=words) for words in story]
+    for model, story in {
+        "builtin:next": [
+            "waiting for 1 task",
+            "loading \x1bbuiltin:next",
+            "loading \x1bbuiltin:next",
+            "done: it serves",
+        ],
+        "builtin:broken": ["loading builtin:broken", "failed: the file is damaged; builtin:tiny serves"],
+        "builtin:forgotten": ["loading builtin:forgotten", None],
+        "builtin:endless": ["loading builtin:endless"],
+    }.items()
+}
 
 
 @dataclass
@@ -134,6 +179,9 @@ class Refusal:
     headers: dict[str, str] = field(default_factory=dict)
 
 
+CUT_OFF = Refusal(0, {})  # the connection breaks instead of an answer
+
+
 @dataclass(frozen=True)
 class Seen:
     method: str
@@ -148,10 +196,12 @@ class ContractService:
     def __init__(self, token: str = "t" * 22) -> None:
         self.token = token
         self.tasks: dict[str, Task] = {}
+        self.healths: dict[str, list[dict[str, Any] | None]] = {pool: [HEALTH] for pool in DRAINS}
         self.refusals: list[Refusal] = []
         self.seen: list[Seen] = []
         self.submission_came = threading.Event()
         self.cancel_missed = threading.Event()
+        self.looked = threading.Event()  # at a pool's health
         self._server = _Server(("127.0.0.1", 0), type("Handler", (_Handler,), {"service": self}))
         self._server.daemon_threads = True
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.01,), daemon=True)
@@ -209,6 +259,9 @@ class _Handler(BaseHTTPRequestHandler):
             return self._json(401, error("UNAUTHORIZED"))
         if self.service.refusals:
             refusal = self.service.refusals.pop(0)
+            if refusal is CUT_OFF:
+                self.close_connection = True
+                return
             return self._json(refusal.status, refusal.body, refusal.headers)
         try:
             self._route(method, [part for part in parts.path.split("/") if part][1:], parse_qs(parts.query), body)
@@ -230,11 +283,15 @@ class _Handler(BaseHTTPRequestHandler):
             case "POST", ["tasks", id, "cancel"]:
                 self._cancel(id)
             case "GET", ["pools"]:
-                self._json(200, {"items": [POOL], "next_cursor": None})
+                self._json(200, {"items": [POOL, PASSING_POOL], "next_cursor": None})
             case "GET", ["pools", "default"]:
                 self._json(200, POOL)
-            case "GET", ["pools", "default", "health"]:
-                self._json(200, HEALTH)
+            case "GET", ["pools", id, "health"]:
+                self._look(self.service.healths[id])
+            case "POST", ["pools", id, "drain"]:
+                self._begin(id, DRAINS[id])
+            case "POST", ["pools", id, "reload"]:
+                self._begin(id, RELOADS[body["new_model_ref"]], is_exclusive=True)
             case "GET", ["capabilities"]:
                 self._json(200, CAPABILITIES)
             case _:
@@ -258,6 +315,22 @@ class _Handler(BaseHTTPRequestHandler):
         self.service.tasks[id].canceled.set()
         self.send_response(204)
         self.end_headers()
+
+    def _begin(self, pool_id: str, story: list[dict[str, Any] | None], *, is_exclusive: bool = False) -> None:
+        now = self.service.healths[pool_id][0]
+        assert now is not None
+        if is_exclusive and str(now["last_reload"]).startswith(("loading", "waiting")):
+            return self._json(409, error("CONFLICT"))
+        self.service.healths[pool_id] = list(story)
+        self._json(202, story[0] or HEALTH)
+
+    def _look(self, healths: list[dict[str, Any] | None]) -> None:
+        if len(healths) > 1:
+            healths.pop(0)
+        self.service.looked.set()
+        if healths[0] is None:
+            return self._json(404, error("NOT_FOUND"))
+        self._json(200, healths[0])
 
     def _task_status(self, id: str) -> dict[str, Any]:
         task = self.service.tasks[id]

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import uuid
+from itertools import islice
 
 import pytest
-from contract_service import ContractService, Refusal, error
+from contract_service import CUT_OFF, DRAINS, RELOADS, ContractService, Refusal, error
 
 from llama_orch.cli.client import ApiError, Client, UnreachableError
 from llama_orch.contract.models import EndFrame, Error, ErrorCode, StartedFrame, TaskRequest, TokenFrame
@@ -74,8 +75,9 @@ def test_reads(client: Client, service: ContractService) -> None:
     assert len(page.items) == 1
     assert page.next_cursor == "more"
     assert client.pools().items[0] == client.pool("default")
+    assert [(pool.on_demand, pool.keep_alive_ms) for pool in client.pools().items] == [(False, None), (True, 300_000)]
     assert client.pool_health("default").replicas[0].id == "default-0"
-    assert client.capabilities().api_version == "2.1.0"
+    assert client.capabilities().api_version == "2.2.0"
 
 
 def test_cancel(client: Client, service: ContractService) -> None:
@@ -86,6 +88,48 @@ def test_cancel(client: Client, service: ContractService) -> None:
     with pytest.raises(ApiError) as refused:
         client.cancel(str(uuid.uuid4()))
     assert (refused.value.status, refused.value.error.code) == (404, ErrorCode.NOT_FOUND)
+
+
+@pytest.mark.spec("HP-CTL-2")
+def test_a_drain_and_a_reload(client: Client, service: ContractService) -> None:
+    """Both send the contract's body and give the pool's health, typed."""
+    drained = client.drain_pool("default", 5000)
+    assert (drained.draining, drained.replicas[0].vram_reserved_bytes) == (True, 1536 << 20)
+    assert client.reload_pool("default", "builtin:next").last_reload == "waiting for 1 task"
+    bodies = {seen.path: seen.body for seen in service.seen}
+    assert bodies == {
+        "/v1/pools/default/drain": {"deadline_ms": 5000},
+        "/v1/pools/default/reload": {"new_model_ref": "builtin:next"},
+    }
+
+
+def test_a_pool_is_watched(client: Client, waits: list[float]) -> None:
+    """Each look comes half a second after the one before, and no look before a wait."""
+    client.reload_pool("default", "builtin:next")
+    words = [health.last_reload for health in islice(client.watch_pool("default"), 4)]
+    assert words == [health["last_reload"] for health in RELOADS["builtin:next"][1:] if health] + ["done: it serves"]
+    assert waits == [0.5] * 4
+
+
+def test_a_drain_is_sent_again(client: Client, service: ContractService, waits: list[float]) -> None:
+    """A drain whose answer got lost is repeated: the second one sets the same deadline anew."""
+    service.refusals = [CUT_OFF]
+    assert client.drain_pool("default", 0).draining == (DRAINS["default"][0] or {})["draining"]
+    assert [seen.body for seen in service.seen] == [{"deadline_ms": 0}] * 2
+    assert len(waits) == 1
+
+
+def test_a_reload_that_may_have_begun_is_not_sent_again(
+    client: Client, service: ContractService, waits: list[float]
+) -> None:
+    """A second reload would be in conflict with the first; one that was refused for now has not begun."""
+    service.refusals = [CUT_OFF]
+    with pytest.raises(UnreachableError, match="no answer"):
+        client.reload_pool("default", "builtin:next")
+    assert (len(service.seen), waits) == (1, [])
+    service.refusals = [Refusal(503, BUSY)]
+    client.reload_pool("default", "builtin:next")
+    assert (len(service.seen), waits) == (3, [0.03])
 
 
 def test_an_id_cannot_leave_its_place(client: Client, service: ContractService) -> None:

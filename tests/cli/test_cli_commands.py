@@ -6,41 +6,18 @@ import json
 import stat
 import sys
 import types
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
-from contract_service import CAPABILITIES, HEALTH, POOL, ContractService, Task
-from typer.testing import CliRunner, Result
-
-from llama_orch.cli.main import app
-
-TASK_ID = "3f2b8c1e-9d5a-4c57-8a43-0c7d5b1f2e90"
-Invoke = Callable[..., Result]
-
-
-@pytest.fixture
-def llama_orch(home: Path, monkeypatch: pytest.MonkeyPatch) -> Invoke:
-    """Run the program; keywords are environment variables."""
-    for name in ("LLORCH_URL", "LLORCH_API_TOKEN", "LLORCH_CONFIG"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("LLORCH_HOME", str(home))
-    return lambda *arguments, **env: CliRunner().invoke(app, arguments, env=env)
-
-
-@pytest.fixture
-def remote(llama_orch: Invoke, service: ContractService) -> Invoke:
-    """Run the program against the service, which has one task."""
-    service.tasks[TASK_ID] = Task({"prompt": "forever"})
-    here = {"LLORCH_URL": service.url, "LLORCH_API_TOKEN": service.token}
-    return lambda *arguments, **env: llama_orch(*arguments, **(here | env))
+from conftest import TASK_ID, Invoke
+from contract_service import CAPABILITIES, HEALTH, PASSING_POOL, POOL, ContractService
 
 
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["pools"], {"items": [POOL], "next_cursor": None}),
+        (["pools"], {"items": [POOL, PASSING_POOL], "next_cursor": None}),
         (["pools", "get", "default"], POOL),
         (["pools", "health", "default"], HEALTH),
         (["capabilities"], CAPABILITIES),
@@ -58,10 +35,10 @@ def test_json_is_the_answer(remote: Invoke, arguments: list[str], expected: obje
     [
         (["tasks"], [TASK_ID, "running"]),
         (["tasks", "get", TASK_ID], [TASK_ID, "an[2Jswer"]),
-        (["pools"], ["default", "builtin:tiny", "64 reject", "yes"]),
-        (["pools", "get", "default"], ["1 interactive, 2 batch"]),
-        (["pools", "health", "default"], ["default-0", "ready"]),
-        (["capabilities"], ["simulated", "1.0 GiB", "card [31m"]),
+        (["pools"], ["default", "builtin:tiny", "64 reject", "yes", "on demand", "keep alive", "300 s"]),
+        (["pools", "get", "default"], ["1 interactive, 2 batch", "on_demand", "keep_alive_ms"]),
+        (["pools", "health", "default"], ["default-0", "ready", "vram reserved", "1.5 GiB"]),
+        (["capabilities"], ["simulated", "1.0 GiB", "card [31m", "700 MiB", "lost:  it fell off the bus"]),
     ],
 )
 def test_tables_for_people(remote: Invoke, arguments: list[str], words: list[str]) -> None:

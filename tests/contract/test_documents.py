@@ -155,11 +155,12 @@ def test_allow_is_what_the_documents_say() -> None:
 
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveService]:
-    """One real pool, and a simulated one that has one slot and no queue."""
+    """One real pool, and a simulated one that has one slot and no queue, on a device that stands for a card."""
     file = tmp_path_factory.mktemp("model") / "simulated.gguf"
     file.touch()
     full = {"id": "full", "engine": "simulated", "model": f"file:{file}", "slots": 1, "queue": {"capacity": 0}}
-    with live_service({"pools": [{"id": "default", "max_tokens": 4}, full]}) as running:
+    card = {"id": "card", "backend": "simulated", "vram_bytes": 24 << 30}
+    with live_service({"devices": [card], "pools": [{"id": "default", "max_tokens": 4}, full]}) as running:
         yield running
 
 
@@ -208,7 +209,8 @@ def last_frame(client: httpx.Client, task_id: str) -> str:
 
 
 def run_one_of_each(client: httpx.Client, service: LiveService) -> None:
-    """Every form of prompt, both priorities, a refusal, a wait, a cancel, and the loss of a worker."""
+    """Every form of prompt, both priorities, a refusal, a wait, a cancel, a wait that was predicted, a reload, and the
+    loss of a worker."""
     until(lambda: all(pool["ready"] for pool in client.get("/v1/pools").json()["items"]))
     full = client.get("/v1/pools/full").json()["model"]
     for body in (
@@ -224,6 +226,11 @@ def run_one_of_each(client: httpx.Client, service: LiveService) -> None:
         next(line for line in stream.iter_lines() if line == "event: token")
     assert client.post(f"/v1/tasks/{long_task}/cancel").status_code == 204
     assert last_frame(client, long_task) == "error"
+    running, waiting = (submit(client, prompt="Once upon a time", max_tokens=1000) for _ in range(2))
+    assert [last_frame(client, task_id) for task_id in (running, waiting)] == ["end", "end"]
+    assert client.post("/v1/pools/full/reload", json={"new_model_ref": full}).status_code == 202
+    until(lambda: client.get("/v1/pools/full/health").json()["last_reload"].startswith("done: "))
+    until(lambda: "replica_evictions_total{" in client.get("/metrics").text)
     lost_task = submit(client, prompt="Once upon a time", max_tokens=2000)
     for worker in children(service.pid):
         os.kill(worker, signal.SIGKILL)

@@ -27,7 +27,17 @@ def main(line: lifeline.Lifeline) -> object:
             sys.stderr.write("ggml.c:1: GGML_ASSERT(x > 0) failed\n")
             sys.stderr.flush()
             os.abort()
+        case "loaded, then no memory":
+            line.ready(engine_version="1")
+            sys.stderr.write("0.00.000.001 E CUDA error: out of memory\nggml-cuda.cu:104: CUDA error\n")
+            sys.stderr.flush()
+            os.abort()
         case "silent":
+            threading.Event().wait()
+        case "silent child":
+            child = subprocess.Popen([sys.executable, "-c", "import threading; threading.Event().wait()"])
+            sys.stderr.write(f"child {child.pid}\n")
+            sys.stderr.flush()
             threading.Event().wait()
         case "slow":
             for _ in range(8):
@@ -48,15 +58,26 @@ def main(line: lifeline.Lifeline) -> object:
     return None
 
 
-def deaf() -> None:
-    """Neither the end of stdin nor SIGTERM ends this one."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+def deaf(*, hears_sigterm: bool = False, has_child: bool = False) -> None:
+    """The end of stdin does not end this one, nor SIGTERM unless it is to; its child hears as little as it does, in a
+    process group of its own."""
+    if not hears_sigterm:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
     sys.stdin.readline()
-    print('{"ready": true, "engine_version": "deaf"}', flush=True)
+    version = "deaf"
+    if has_child:
+        waits = [sys.executable, "-c", "import threading; threading.Event().wait()"]
+        version = str(subprocess.Popen(waits, process_group=0).pid)
+    print(json.dumps({"ready": True, "engine_version": version}), flush=True)
     threading.Event().wait()
 
 
 if __name__ == "__main__":
-    if os.environ.get("FAKE_WORKER") == "deaf":
-        deaf()
+    match os.environ.get("FAKE_WORKER"):
+        case "deaf":
+            deaf()
+        case "deaf, with a deaf child":
+            deaf(has_child=True)
+        case "hears SIGTERM":
+            deaf(hears_sigterm=True)
     lifeline.run(main)

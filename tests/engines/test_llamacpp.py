@@ -158,6 +158,19 @@ def test_a_missing_file_fails_at_launch(tmp_path: Path) -> None:
     assert LlamaCppEngine().refusal(tmp_path / "none.gguf")
 
 
+def test_a_header_that_is_no_model_of_its_architecture_is_refused(tiny_model: Path, tmp_path: Path) -> None:
+    """What every architecture of llama.cpp must state is missing under the name that is given: no worker starts."""
+    named = b"general.architecture\x08\0\0\0\x05\0\0\0\0\0\0\0llama"
+    assert named in tiny_model.read_bytes()
+    path = tmp_path / "other.gguf"
+    path.write_bytes(tiny_model.read_bytes().replace(named, named.replace(b"llama", b"llamx")))
+    engine = LlamaCppEngine()
+    assert engine.refusal(tiny_model) is None
+    assert "names 'llamx' but lacks llamx.context_length" in str(engine.refusal(path))
+    with pytest.raises(LoadFailed, match="llamx"):
+        run(engine.launch(a_spec(path)))
+
+
 @pytest.mark.spec("HP-DET-1", "HP-DET-2")
 def test_what_decides_the_bytes_is_pinned() -> None:
     """Batch sizes and separate KV are set, not left to a default of the build."""

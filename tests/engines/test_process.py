@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 import os
+import signal
 import subprocess
 import sys
 import textwrap
@@ -15,11 +16,14 @@ from pathlib import Path
 
 import pytest
 
-from llama_orch.engines.base import LoadFailed
-from llama_orch.engines.private_folder import make_private_folder, remove_private_folder, sweep_private_folders
-from llama_orch.engines.process import WorkerProcess, exit_reason, session_members, worker_environment
+from llama_orch.engines.base import LoadFailed, OutOfMemory
+from llama_orch.engines.client import LlamaClient
+from llama_orch.engines.http_worker import HttpWorker
+from llama_orch.engines.private_folder import sweep_private_folders
+from llama_orch.engines.process import WorkerProcess, exit_reason, worker_environment
+from llama_orch.engines.processes import facts_of, session_members
 
-from .support import Watched, children, run, until
+from .support import Watched, a_spec, children, run, until
 
 _KEY = "k" * 64
 
@@ -127,6 +131,20 @@ def test_a_failed_load_says_why(act: str, reason: str) -> None:
     run(main())
 
 
+def test_a_worker_that_dies_of_memory_right_after_its_load() -> None:
+    """It said that it is ready and then answers nothing: the reason is what it died of."""
+
+    async def main() -> None:
+        async with a_process("loaded, then no memory") as process:
+            client = LlamaClient(process.folder / "engine.sock", _KEY)
+            worker = HttpWorker(process, client, a_spec(Path("model.gguf")), has_chat_template=False)
+            with pytest.raises(OutOfMemory, match="killed by SIGABRT; CUDA error: out of memory"):
+                await worker.ready()
+            _assert_nothing_is_left(process)
+
+    run(main())
+
+
 def test_a_silent_load_is_a_stall() -> None:
     """No output for the stall timeout ends the load."""
 
@@ -139,12 +157,49 @@ def test_a_silent_load_is_a_stall() -> None:
     run(main())
 
 
+def test_a_stalled_load_takes_its_children_along() -> None:
+    """The stall ends the whole session and not only the process that is silent."""
+
+    async def main() -> None:
+        async with a_process("silent child", stall_timeout_s=1.0) as process:
+            loading = asyncio.create_task(process.ready())
+            await until(lambda: bool(process.log.lines))
+            child = Watched(int(process.log.lines[0].split()[1]))
+            with pytest.raises(LoadFailed, match="no sign of progress for 1 s"):
+                await loading
+            assert child.is_gone_within(0)
+            _assert_nothing_is_left(process)
+
+    run(main())
+
+
 def test_a_slow_load_that_speaks_is_no_stall() -> None:
     """Any output pushes the deadline: this load takes longer than the timeout."""
 
     async def main() -> None:
         async with a_process("slow", stall_timeout_s=1.0) as process:
             assert (await process.ready()).ready
+
+    run(main())
+
+
+@pytest.mark.spec("HP-PLC-7")
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV])
+def test_a_load_that_was_killed_names_the_signal(number: signal.Signals) -> None:
+    """Somebody, such as the kernel, killed it while it loaded; a lack of memory is not guessed from SIGKILL."""
+
+    async def main() -> None:
+        async with a_process("silent child") as process:
+            loading = asyncio.create_task(process.ready())
+            await until(lambda: bool(process.log.lines))
+            child = Watched(int(process.log.lines[0].split()[1]))
+            assert process.pid is not None
+            os.kill(process.pid, number)
+            with pytest.raises(LoadFailed, match=f"ended while it loaded the model: killed by {number.name}") as caught:
+                await loading
+            assert type(caught.value) is LoadFailed
+            assert child.is_gone_within(0)
+            _assert_nothing_is_left(process)
 
     run(main())
 
@@ -182,6 +237,35 @@ def test_a_deaf_worker_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.spec("HP-PLC-7")
+def test_a_worker_that_hears_sigterm_only_is_not_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SIGTERM comes after the grace and before SIGKILL."""
+    monkeypatch.setenv("FAKE_WORKER", "hears SIGTERM")
+
+    async def main() -> None:
+        async with a_process("ready") as process:
+            await process.ready()
+            await process.stop(grace_s=0.01)
+            assert await process.lost() == "killed by SIGTERM"
+
+    run(main())
+
+
+@pytest.mark.spec("HP-PLC-7")
+def test_a_deaf_worker_and_its_deaf_child_are_killed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No signal to the worker's group reaches the child, which has one of its own; the end of the session does."""
+    monkeypatch.setenv("FAKE_WORKER", "deaf, with a deaf child")
+
+    async def main() -> None:
+        async with a_process("ready") as process:
+            child = Watched(int((await process.ready()).engine_version))
+            await process.stop(grace_s=0.01)
+            assert await process.lost() == "killed by SIGKILL"
+            assert child.is_gone_within(0)
+
+    run(main())
+
+
+@pytest.mark.spec("HP-PLC-7")
 def test_a_grandchild_goes_too() -> None:
     """What the worker started ends with it, though it ignores the worker's end."""
 
@@ -190,6 +274,35 @@ def test_a_grandchild_goes_too() -> None:
             grandchild = Watched(int((await process.ready()).engine_version))
             await process.stop(grace_s=5)
             assert grandchild.is_gone_within(2)
+
+    run(main())
+
+
+@pytest.mark.spec("HP-PLC-7")
+def test_the_folder_says_who_lives_in_it() -> None:
+    """From the start on, the sweep of a later service could find this worker."""
+
+    async def main() -> None:
+        async with a_process("ready") as process:
+            assert process.pid is not None
+            facts = facts_of(process.pid)
+            assert facts is not None
+            recorded = json.loads((process.folder / "owner.json").read_text())["worker"]
+            assert recorded == {"pid": process.pid, "started": facts.identity.started}
+            assert facts.session == process.pid
+
+    run(main())
+
+
+def test_a_folder_that_takes_no_record_is_a_failed_load() -> None:
+    """A worker that no later sweep could find does not start: its process is gone before LoadFailed comes."""
+
+    async def main() -> None:
+        process = WorkerProcess("fake_worker", {"engine": "fake"})
+        (process.folder / "owner.json.new").mkdir()
+        with pytest.raises(LoadFailed, match="directory"):
+            await process.start({"act": "ready", "api_key": _KEY}, (), secret=_KEY)
+        _assert_nothing_is_left(process)
 
     run(main())
 
@@ -251,27 +364,6 @@ def test_a_killed_service_leaves_no_worker(launcher: str, tiny_model: Path, llam
         parent.wait()
         assert all(process.is_gone_within(2) for process in watched)
     assert sweep_private_folders() >= 1
-
-
-def test_the_sweep_leaves_living_folders_alone() -> None:
-    """Only folders whose service is dead are removed."""
-    folder = make_private_folder()
-    try:
-        sweep_private_folders()
-        assert folder.stat().st_mode & 0o777 == 0o700
-        assert len(str(folder / "engine.sock")) <= 107
-    finally:
-        remove_private_folder(folder)
-
-
-def test_a_long_temporary_folder_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A Unix socket's path has 107 bytes: a base that is too long is not used."""
-    base = tmp_path / ("x" * 100)
-    base.mkdir()
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(base))
-    folder = make_private_folder()
-    remove_private_folder(folder)
-    assert base not in folder.parents
 
 
 @pytest.mark.parametrize(

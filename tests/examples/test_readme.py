@@ -49,8 +49,9 @@ def named(given: list[Block]) -> Any:
 
 @pytest.fixture(scope="module")
 def service() -> Iterator[LiveService]:
-    """The default installation, and a pool of the second engine."""
-    with live_service({"pools": [{"id": "default"}, {"id": "second", "engine": "ctransformers"}]}) as running:
+    """The default installation, a pool of the second engine, and the one that README.md gives a model of the user's."""
+    pools = [{"id": "default"}, {"id": "second", "engine": "ctransformers"}, {"id": "coder", "ctx": 512}]
+    with live_service({"pools": pools}) as running:
         with open_client(running) as client:
             until(lambda: all(pool["ready"] for pool in client.get("/v1/pools").json()["items"]))
         yield running
@@ -95,6 +96,7 @@ def live(text: str, service: LiveService) -> str:
     address = service.url.removeprefix("http://")
     for default in ("127.0.0.1:8080", "localhost:8080"):
         text = text.replace(default, address)
+    text = re.sub(r"file:/models/\S+", "builtin:tiny", text)
     return text.replace("TASK_ID", '"$(task_id)"')
 
 

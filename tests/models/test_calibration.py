@@ -11,10 +11,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from llama_orch.models.calibration import ENTRIES_MAX, RATIO_MAX, RATIO_MIN, Calibration, CalibrationKey
-from llama_orch.models.memory import MemoryNeed
 
 KEY = CalibrationKey("sha256:aa", "b11549", 8192, 2, "f16", "RTX 3060", "cuda")
-NEED = MemoryNeed(700, 200, 50, 50, 1000)
+NEED = 1000
 
 
 @pytest.fixture
@@ -29,10 +28,9 @@ def test_without_experience_the_forecast_stands(file: Path) -> None:
 
 
 def test_the_same_load_again_takes_what_it_took(file: Path) -> None:
-    """Also after a restart, whatever the forecast says by then; the parts stay as they were predicted."""
+    """Also after a restart, whatever the forecast says by then."""
     Calibration(file).record(KEY, NEED, 3000)
-    need = replace(NEED, total_bytes=1100, is_certain=False)
-    assert Calibration(file).corrected(need, KEY) == replace(need, total_bytes=3000, is_certain=True)
+    assert Calibration(file).corrected(1100, KEY) == 3000
 
 
 def test_a_later_measurement_replaces_an_earlier_one(file: Path) -> None:
@@ -40,7 +38,7 @@ def test_a_later_measurement_replaces_an_earlier_one(file: Path) -> None:
     memory = Calibration(file)
     memory.record(KEY, NEED, 1300)
     memory.record(KEY, NEED, 1250)
-    assert memory.corrected(NEED, KEY).total_bytes == 1250
+    assert memory.corrected(NEED, KEY) == 1250
     assert len(Calibration(file)) == 1
 
 
@@ -49,8 +47,7 @@ def test_a_similar_load_moves_the_forecast_within_bounds(file: Path, measured: i
     """The ratio of another context is used, but not further than 0.8 to 1.5."""
     memory = Calibration(file)
     memory.record(KEY, NEED, measured)
-    need = replace(NEED, total_bytes=2000)
-    assert memory.corrected(need, replace(KEY, ctx=16384)).total_bytes == expected
+    assert memory.corrected(2000, replace(KEY, ctx=16384)) == expected
 
 
 def test_the_nearest_load_counts(file: Path) -> None:
@@ -67,7 +64,7 @@ def test_the_nearest_load_counts(file: Path) -> None:
         memory = Calibration(file.with_name(f"{count}.json"))
         for number, key in enumerate(by_nearness[-count:]):
             memory.record(key, NEED, 1000 + 100 * (number == 0))
-        assert memory.corrected(NEED, asked).total_bytes == 1100
+        assert memory.corrected(NEED, asked) == 1100
 
 
 def test_of_equally_near_loads_the_newest_counts(file: Path) -> None:
@@ -75,7 +72,7 @@ def test_of_equally_near_loads_the_newest_counts(file: Path) -> None:
     memory = Calibration(file)
     memory.record(replace(KEY, ctx=4096), NEED, 1100)
     memory.record(replace(KEY, ctx=16384), NEED, 1200)
-    assert memory.corrected(NEED, KEY).total_bytes == 1200
+    assert memory.corrected(NEED, KEY) == 1200
 
 
 @pytest.mark.parametrize("other", [replace(KEY, model_digest="sha256:bb"), replace(KEY, backend="cpu")])
@@ -95,8 +92,8 @@ def test_the_oldest_is_forgotten(file: Path) -> None:
     memory.record(replace(KEY, ctx=1 << 20), NEED, 1100)
     again = Calibration(file)
     assert len(again) == len(memory) == ENTRIES_MAX
-    assert again.corrected(NEED, replace(KEY, ctx=256)).total_bytes == 999
-    assert again.corrected(NEED, replace(KEY, ctx=257)).total_bytes != 1001
+    assert again.corrected(NEED, replace(KEY, ctx=256)) == 999
+    assert again.corrected(NEED, replace(KEY, ctx=257)) != 1001
 
 
 @pytest.mark.parametrize("measured", [0, -1, 1 << 60])
@@ -115,7 +112,7 @@ def test_a_failed_write_is_an_error_that_leaves_nothing_behind(tmp_path: Path) -
     with pytest.raises(OSError, match="taken"):
         memory.record(KEY, NEED, 1300)
     assert [path.name for path in tmp_path.iterdir()] == ["taken"]
-    assert memory.corrected(NEED, KEY).total_bytes == 1300
+    assert memory.corrected(NEED, KEY) == 1300
 
 
 GOOD = ["sha256:aa", "b11549", 8192, 2, "f16", "RTX 3060", "cuda", 1000, 1300]
@@ -143,7 +140,7 @@ def test_a_damaged_file_is_an_empty_memory(file: Path, content: bytes) -> None:
     memory = Calibration(file)
     assert memory.corrected(NEED, KEY) == NEED
     memory.record(KEY, NEED, 1300)
-    assert Calibration(file).corrected(NEED, KEY).total_bytes == 1300
+    assert Calibration(file).corrected(NEED, KEY) == 1300
 
 
 @pytest.mark.parametrize(
@@ -158,7 +155,7 @@ def test_a_damaged_line_does_not_spoil_the_others(file: Path, line: object) -> N
     file.write_text(json.dumps({"version": 1, "entries": [line, good]}))
     memory = Calibration(file)
     assert len(memory) == 1
-    assert memory.corrected(NEED, replace(KEY, ctx=4096)).total_bytes == 1300
+    assert memory.corrected(NEED, replace(KEY, ctx=4096)) == 1300
 
 
 json_values = st.recursive(
@@ -173,5 +170,5 @@ json_values = st.recursive(
 def test_no_content_breaks_it(file: Path, lines: list[object]) -> None:
     """Whatever the file holds, a forecast stays within the bounds or is what the same key measured."""
     file.write_text(json.dumps({"version": 1, "entries": [*lines, GOOD]}))
-    total = Calibration(file).corrected(NEED, replace(KEY, ctx=256)).total_bytes
-    assert RATIO_MIN * NEED.total_bytes <= total <= RATIO_MAX * NEED.total_bytes
+    total = Calibration(file).corrected(NEED, replace(KEY, ctx=256))
+    assert RATIO_MIN * NEED <= total <= RATIO_MAX * NEED

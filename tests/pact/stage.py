@@ -10,7 +10,7 @@ import asyncio
 import tempfile
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Event
 from typing import Any, Literal, TypeVar
@@ -132,6 +132,16 @@ class Stage:
         """Do something to the pool's simulated worker."""
         self._do(self._act(act))
 
+    def post(self, path: str, body: dict[str, object]) -> None:
+        self.http.post(path, json=body).raise_for_status()
+
+    def load_slowly(self, seconds: float) -> None:
+        """From now on a model takes this long to load."""
+        engine = self._at_work().engine
+        assert isinstance(engine, SimulatedEngine)
+        assert isinstance(engine.service, ServiceModel)
+        engine.service = replace(engine.service, load_s=seconds)
+
     def drain(self) -> None:
         """What the end of the program begins with."""
         self._do(self._at_work().orchestrator.drain())
@@ -150,7 +160,7 @@ class Stage:
         settings, engine = installation.settings, installation.build_engine()
         engines, sources = {installation.engine: engine}, discover(settings.devices, lambda uuids: False)
         plan = make_plan(settings, engines, sources)
-        orchestrator, service = wire(settings, engines, sources, plan, self._digest, SystemClock())
+        orchestrator, service = wire(settings, engines, plan, self._digest, SystemClock())
         app = build_app(service, token=TOKEN, settings=settings)
         running = asyncio.create_task(orchestrator.run())
         self._service = _Service(installation, engine, orchestrator, app, running)

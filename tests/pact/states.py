@@ -74,6 +74,30 @@ def a_pool_whose_model_cannot_be_loaded(stage: Stage) -> None:
 
 
 @state
+def a_drained_pool(stage: Stage) -> None:
+    """The pool was drained and has nothing to do; its model is unloaded."""
+    an_idle_pool(stage)
+    stage.post("/v1/pools/default/drain", {"deadline_ms": 60_000})
+    stage.wait_until(lambda: _replica_states(stage) == ["unloaded"])
+
+
+@state
+def a_pool_that_is_being_reloaded(stage: Stage) -> None:
+    """A reload of the pool with the model that it has is under way, and the new replica does not get ready."""
+    an_idle_pool(stage)
+    stage.load_slowly(3600.0)
+    stage.post("/v1/pools/default/reload", {"new_model_ref": "builtin:tiny"})
+
+
+@state
+def a_pool_that_was_reloaded(stage: Stage) -> None:
+    """A reload of the pool with the model that it has is done."""
+    an_idle_pool(stage)
+    stage.post("/v1/pools/default/reload", {"new_model_ref": "builtin:tiny"})
+    stage.wait_until(lambda: _replica_states(stage) == ["ready"])
+
+
+@state
 def a_service_that_is_ending(stage: Stage) -> None:
     """It was told to end and drains."""
     an_idle_pool(stage)
@@ -142,6 +166,10 @@ def a_task_was_dropped_from_a_full_queue(stage: Stage, **task: Any) -> None:
     task_id = stage.submit(**task)
     stage.submit()
     stage.wait_for_the_end(task_id)
+
+
+def _replica_states(stage: Stage) -> list[str]:
+    return [replica["state"] for replica in stage.read("/v1/pools/default/health")["replicas"]]
 
 
 def _occupy(stage: Stage) -> None:

@@ -12,12 +12,14 @@ from msgspec import UNSET
 from llama_orch.cli.client import ApiError, Client, Frame
 from llama_orch.contract.models import (
     Determinism,
+    DrainRequest,
     EndFrame,
     Error,
     ErrorCode,
     FinishReason,
     MetricsFrame,
     Priority,
+    ReloadRequest,
     StartedFrame,
     TaskRequest,
     TaskState,
@@ -553,6 +555,8 @@ DEVICE = {
     "backend": match.regex("cuda", regex="cuda|cpu|simulated"),
     "vram_total_bytes": match.int(25769803776),
     "vram_free_bytes": match.int(20000000000),
+    "vram_reserved_bytes": match.int(5000000000),
+    "problem": None,
 }
 PROFILE = {
     "version": match.str("v1"),
@@ -563,7 +567,7 @@ PROFILE = {
     "repeat_penalty": match.number(1.0),
 }
 CAPABILITIES = {
-    "api_version": match.regex("2.1.0", regex=r"\d+\.\d+\.\d+"),
+    "api_version": match.regex("2.2.0", regex=r"\d+\.\d+\.\d+"),
     "engines": match.each_like(ENGINE, min=1),
     "pools": match.each_like(POOL_CAPABILITY, min=1),
     "devices": match.each_like(DEVICE, min=1),
@@ -587,6 +591,8 @@ POOL = {
     "queue": {"capacity": match.int(64), "full_policy": POLICY},
     "queue_depth": {"interactive": 0, "batch": 0},
     "ready": True,
+    "on_demand": False,
+    "keep_alive_ms": None,
 }
 
 
@@ -594,6 +600,7 @@ def health(replica: dict[str, object], **fields: object) -> dict[str, object]:
     """A pool of one replica that serves; the arguments are what differs."""
     sound = {"id": "default-0", "devices": match.each_like("gpu0", min=1), "state": "ready", "slots_busy": 0}
     sound |= {"slots_total": match.int(4), "restarts": 0, "last_error": None}
+    sound |= {"vram_reserved_bytes": match.int(513145088)}
     counts = {"queue_depth": 0, "tokens_in": match.int(0), "tokens_out": match.int(0), "tokens_per_second": None}
     pool = {"live": True, "ready": True, "draining": False, "last_error": None, "last_reload": None}
     return {**pool, "replicas": [sound | replica], "metrics": counts, **fields}
@@ -662,6 +669,82 @@ def test_an_unknown_pool_has_no_health(exchange: Exchange) -> None:
     exchange.gets(404, error("NOT_FOUND"))
     with exchange.client() as client, pytest.raises(ApiError, match="What happened"):
         client.pool_health("nowhere")
+
+
+def test_a_pool_is_drained(exchange: Exchange) -> None:
+    """202 with its health: it is draining, and what runs goes on."""
+    exchange.given("a busy pool")
+    exchange.asks("POST", "/v1/pools/default/drain", body=DrainRequest(deadline_ms=30_000))
+    exchange.gets(202, health({"slots_busy": 1}, draining=True))
+    with exchange.client() as client:
+        assert client.drain_pool("default", 30_000).draining
+
+
+def test_an_unknown_pool_is_not_drained(exchange: Exchange) -> None:
+    """404."""
+    exchange.given("an idle pool")
+    exchange.asks("POST", "/v1/pools/nowhere/drain", body=DrainRequest(deadline_ms=0))
+    exchange.gets(404, error("NOT_FOUND"))
+    with exchange.client() as client, pytest.raises(ApiError, match="What happened"):
+        client.drain_pool("nowhere", 0)
+
+
+def test_a_drained_pool_has_unloaded_its_model(exchange: Exchange) -> None:
+    """Its replica holds no memory and waits to be loaded again."""
+    exchange.given("a drained pool")
+    exchange.asks("GET", "/v1/pools/default/health")
+    exchange.gets(200, health({"state": "unloaded", "vram_reserved_bytes": 0}, ready=False, draining=True))
+    with exchange.client() as client:
+        assert client.pool_health("default").replicas[0].vram_reserved_bytes == 0
+
+
+def test_a_drained_pool_takes_no_new_tasks(exchange: Exchange) -> None:
+    """503 POOL_UNAVAILABLE with a wait."""
+    exchange.given("a drained pool")
+    exchange.asks("POST", "/v1/tasks", body=TASK)
+    exchange.gets(503, backoff("POOL_UNAVAILABLE"), headers=BACKOFF_HEADERS)
+    with exchange.client() as client:
+        assert refusal(client).error.code is ErrorCode.POOL_UNAVAILABLE
+
+
+def test_a_pool_is_reloaded(exchange: Exchange) -> None:
+    """202 with its health: the new model loads beside the old one, which goes on serving."""
+    exchange.given("an idle pool")
+    exchange.asks("POST", "/v1/pools/default/reload", body=ReloadRequest(new_model_ref=MODEL))
+    loading = match.regex("loading builtin:tiny beside builtin:tiny", regex="loading .+")
+    sound = health({})["replicas"]
+    new = {**sound[0], "id": match.str("default-1"), "state": "loading"}  # type: ignore[index]
+    exchange.gets(202, health({}, last_reload=loading, replicas=[sound[0], new]))  # type: ignore[index]
+    with exchange.client() as client:
+        assert (client.reload_pool("default", MODEL).last_reload or "").startswith("loading")
+
+
+def test_a_reloads_outcome_is_on_the_health(exchange: Exchange) -> None:
+    """`done:` and the models; the old replica is gone."""
+    exchange.given("a pool that was reloaded")
+    exchange.asks("GET", "/v1/pools/default/health")
+    done = match.regex("done: builtin:tiny serves in place of builtin:tiny", regex="done: .+")
+    exchange.gets(200, health({"id": match.str("default-1")}, last_reload=done))
+    with exchange.client() as client:
+        assert (client.pool_health("default").last_reload or "").startswith("done: ")
+
+
+def test_a_pool_is_reloaded_once_at_a_time(exchange: Exchange) -> None:
+    """409 while a reload is under way."""
+    exchange.given("a pool that is being reloaded")
+    exchange.asks("POST", "/v1/pools/default/reload", body=ReloadRequest(new_model_ref=MODEL))
+    exchange.gets(409, error("CONFLICT"))
+    with exchange.client() as client, pytest.raises(ApiError, match="What happened"):
+        client.reload_pool("default", MODEL)
+
+
+def test_a_model_that_is_not_there_is_not_loaded(exchange: Exchange) -> None:
+    """404, and the pool stays as it is."""
+    exchange.given("an idle pool")
+    exchange.asks("POST", "/v1/pools/default/reload", body=ReloadRequest(new_model_ref="builtin:none"))
+    exchange.gets(404, error("NOT_FOUND"))
+    with exchange.client() as client, pytest.raises(ApiError, match="What happened"):
+        client.reload_pool("default", "builtin:none")
 
 
 def test_the_service_says_that_it_is_there(exchange: Exchange) -> None:

@@ -8,15 +8,20 @@ import pytest
 
 from llama_orch.contract.config import PoolSettings
 from llama_orch.contract.models import ReplicaState
+from llama_orch.core.ledger import RESERVE_BYTES
 from llama_orch.engines.simulated import SimulatedEngine
 from llama_orch.models.digest import Digests
-from llama_orch.models.references import BUILTIN
-from llama_orch.runtime.fit import RESERVE_BYTES, need_bytes
+from llama_orch.runtime.library import FileLibrary
 from llama_orch.runtime.plan import PlanError, make_plan
 from llama_orch.testing.rehearsal import settings_for, sources_for
 
 ENGINES = {"simulated": SimulatedEngine()}
 CARDS = ("3090", "3060")
+
+
+def tiny_bytes(slots: int) -> int:
+    """What builtin:tiny takes of a card."""
+    return FileLibrary().look("builtin:tiny").need(2048, slots, "simulated") or 0
 
 
 @pytest.mark.spec("HP-PLC-6")
@@ -54,11 +59,38 @@ def test_a_replica_is_never_started_on_a_device_that_cannot_hold_it() -> None:
 def test_replicas_do_not_count_on_the_same_memory() -> None:
     """What one replica was promised is not there for the next on the same device."""
     (card,) = sources_for(("3060",))
-    need = need_bytes(BUILTIN["tiny"], 2048, 4, "simulated") or 0
+    need = tiny_bytes(4)
     card.device.vram_free_bytes = RESERVE_BYTES + 2 * need + 1000
     plan = make_plan(settings_for(PoolSettings(replicas=3)), ENGINES, [card])
     states = [replica.state for replica in plan.pools[0].replicas.values()]
     assert states == [ReplicaState.LOADING, ReplicaState.LOADING, ReplicaState.FAILED]
+
+
+@pytest.mark.spec("HP-PLC-4", "HP-PLC-5")
+def test_auto_gives_every_pool_a_place_before_anyone_gets_more_slots() -> None:
+    """One slot each first; what is left over on a card goes into more slots in turn, up to those that were asked for.
+    A count of replicas is taken at its word."""
+    (card,) = sources_for(("3060",))
+    one, two, three = tiny_bytes(1), tiny_bytes(2), tiny_bytes(3)
+    card.device.vram_free_bytes = RESERVE_BYTES + three + two
+    pools = (PoolSettings(id="a", slots=3), PoolSettings(id="b", slots=8))
+    a, b = make_plan(settings_for(*pools), ENGINES, [card]).pools
+    assert [r.slots for pool in (a, b) for r in pool.replicas.values()] == [3, 2]
+    card.device.vram_free_bytes = RESERVE_BYTES + one + one
+    a, b = make_plan(settings_for(*pools), ENGINES, [card]).pools
+    assert [r.slots for pool in (a, b) for r in pool.replicas.values()] == [1, 1]
+    fixed = make_plan(settings_for(PoolSettings(slots=3, replicas=1)), ENGINES, [card]).pools[0]
+    assert [(r.slots, r.state) for r in fixed.replicas.values()] == [(3, ReplicaState.LOADING)]
+
+
+@pytest.mark.spec("HP-PLC-8")
+def test_a_pool_that_is_not_kept_is_loaded_when_it_is_needed() -> None:
+    """It claims nothing at the start, and has a place on each device that could hold it alone."""
+    big, small = sources_for(CARDS)
+    pools = (PoolSettings(id="kept"), PoolSettings(id="lent", keep_alive_ms=1000))
+    kept, lent = make_plan(settings_for(*pools), ENGINES, [big, small]).pools
+    assert {replica.state for replica in kept.replicas.values()} == {ReplicaState.LOADING}
+    assert [(r.state, r.is_pinned) for r in lent.replicas.values()] == [(ReplicaState.UNLOADED, False)] * 2
 
 
 @pytest.mark.parametrize(

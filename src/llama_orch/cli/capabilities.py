@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+from typing import TYPE_CHECKING
 
 import typer
 
 from llama_orch.cli.connection import connected
 from llama_orch.cli.options import Json
-from llama_orch.cli.output import command, print_facts, print_json, print_table
+from llama_orch.cli.output import command, print_facts, print_json, print_table, size
+
+if TYPE_CHECKING:
+    from llama_orch.contract.models import Device
 
 
 @command
@@ -36,9 +40,9 @@ def capabilities(as_json: Json = False) -> None:
     pools = ((p.id, p.engine, p.model, p.ctx, p.slots, p.recommended_concurrency, p.max_tokens) for p in answer.pools)
     print_table(("pool", "engine", "model", "ctx", "slots", "recommended", "max tokens"), pools)
     typer.echo("")
-    devices = ((d.id, d.name, d.backend, _gib(d.vram_total_bytes), _gib(d.vram_free_bytes)) for d in answer.devices)
-    print_table(("device", "name", "backend", "memory", "free"), devices)
+    print_table(("device", "name", "backend", "memory", "free", "reserved", "problem"), map(_device, answer.devices))
 
 
-def _gib(size_bytes: int) -> str:
-    return f"{size_bytes / (1 << 30):.1f} GiB"
+def _device(device: Device) -> tuple[object, ...]:
+    memory = (device.vram_total_bytes, device.vram_free_bytes, device.vram_reserved_bytes)
+    return (device.id, device.name, device.backend, *map(size, memory), device.problem)

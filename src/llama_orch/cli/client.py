@@ -1,8 +1,9 @@
 """The typed client of the contract.
 
 It follows the retry guidance (HP-ERR-3): a 429 or 503 that can pass is repeated after the wait that the server named,
-a bounded number of times and for a bounded time. Every request that it repeats is safe to repeat, since a task's id is
-chosen here, before the first attempt (HP-ADM-8). A broken stream goes on behind the last frame that came whole.
+a bounded number of times and for a bounded time. Every request that it repeats is safe to repeat: a task's id is chosen
+here, before the first attempt (HP-ADM-8), and a reload is not repeated unless it was refused. A broken stream goes on
+behind the last frame that came whole.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from llama_orch.contract.models import (
     FRAMES,
     AdmissionResponse,
     Capabilities,
+    DrainRequest,
     EndFrame,
     Error,
     ErrorCode,
@@ -32,6 +34,7 @@ from llama_orch.contract.models import (
     Pool,
     PoolHealth,
     PoolList,
+    ReloadRequest,
     StartedFrame,
     TaskList,
     TaskRequest,
@@ -46,6 +49,7 @@ T = TypeVar("T")
 ATTEMPTS_MAX = 5
 WAIT_MAX_S = 60.0  # all waits of one call together
 ANSWER_TIMEOUT_S = 30.0
+POLL_S = 0.5
 STREAM_TIMEOUT_S = 60.0  # the server breaks every silence after 15 s
 _RETRIED_STATUSES = (429, 503)
 _BAD_JSON = (msgspec.MsgspecError, UnicodeDecodeError)
@@ -155,6 +159,25 @@ class Client:
     def pool_health(self, pool_id: str) -> PoolHealth:
         return self._call("GET", f"/v1/pools/{_quoted(pool_id)}/health", PoolHealth)
 
+    def watch_pool(self, pool_id: str) -> Iterator[PoolHealth]:
+        """The pool's health about twice a second, the first after one wait; for as long as the caller wants it."""
+        while True:
+            self._sleep(POLL_S)
+            yield self.pool_health(pool_id)
+
+    def drain_pool(self, pool_id: str, deadline_ms: int) -> PoolHealth:
+        """Begin a drain, or give the one that runs a new deadline. The pool's health as it is then."""
+        body = DrainRequest(deadline_ms=deadline_ms)
+        return self._call("POST", f"/v1/pools/{_quoted(pool_id)}/drain", PoolHealth, body=body)
+
+    def reload_pool(self, pool_id: str, new_model_ref: str) -> PoolHealth:
+        """Begin a reload. The pool's health as it is then.
+
+        Where the connection breaks it may have begun, and a second request would be in conflict with it.
+        """
+        body, path = ReloadRequest(new_model_ref=new_model_ref), f"/v1/pools/{_quoted(pool_id)}/reload"
+        return self._call("POST", path, PoolHealth, body=body, is_repeatable=False)
+
     def capabilities(self) -> Capabilities:
         return self._call("GET", "/v1/capabilities", Capabilities)
 
@@ -205,19 +228,27 @@ class Client:
         return answer
 
     def _answer(
-        self, method: str, path: str, *, body: object = None, query: dict[str, Any] | None = None
+        self,
+        method: str,
+        path: str,
+        *,
+        body: object = None,
+        query: dict[str, Any] | None = None,
+        is_repeatable: bool = True,
     ) -> httpx.Response:
         content = None if body is None else msgspec.json.encode(body)
         headers = {} if body is None else {"Content-Type": "application/json"}
         params = {key: str(value) for key, value in (query or {}).items() if value is not None}
-        return self._send(self._request(method, path, content=content, headers=headers, params=params))
+        request = self._request(method, path, content=content, headers=headers, params=params)
+        return self._send(request, is_repeatable=is_repeatable)
 
     def _request(self, method: str, path: str, *, headers: dict[str, str], **parts: Any) -> httpx.Request:
         headers = headers | {"Authorization": f"Bearer {self._token}"}
         return self._http.build_request(method, path, headers=headers, **parts)
 
-    def _send(self, request: httpx.Request, *, stream: bool = False) -> httpx.Response:
-        """The successful answer, after as many attempts as the guidance allows."""
+    def _send(self, request: httpx.Request, *, stream: bool = False, is_repeatable: bool = True) -> httpx.Response:
+        """The successful answer, after as many attempts as the guidance allows. What is not repeatable is sent again
+        after a refusal only: then nothing has happened."""
         waited_s, attempt = 0.0, 0
         while True:
             attempt += 1
@@ -232,7 +263,8 @@ class Client:
             except httpx.ConnectError as error:
                 raise UnreachableError(f"nothing answers at {self.url}", is_refused=True) from error
             except httpx.TransportError as error:  # cut off half-way
-                if attempt >= self._attempts_max or isinstance(error, httpx.TimeoutException):
+                is_final = not is_repeatable or attempt >= self._attempts_max
+                if is_final or isinstance(error, httpx.TimeoutException):
                     raise UnreachableError(f"no answer from {self.url}: {error}") from error
                 wait_s = _backoff_s(attempt)
             self._sleep(wait_s)

@@ -83,6 +83,12 @@ def _cell(value: object) -> str:
     return _NOT_IN_A_CELL.sub(" ", str(value))
 
 
+def size(size_bytes: int) -> str:
+    """Bytes of memory for people."""
+    gib = size_bytes / (1 << 30)
+    return f"{gib:.1f} GiB" if gib >= 1 else f"{size_bytes / (1 << 20):.0f} MiB"
+
+
 def print_error(error: Error) -> None:
     """The server's error, with what to do next."""
     from msgspec import UNSET

@@ -26,7 +26,7 @@ class DeviceSettings(Struct, kw_only=True, frozen=True, forbid_unknown_fields=Tr
     id: Annotated[str, Meta(pattern='^[A-Za-z0-9._-]{1,64}$(?!\\n)')]
     uuid: str | None = None  # The driver's UUID, `GPU-…`; needed for cuda.
     name: str | None = None
-    vram_bytes: Annotated[int, Meta(ge=1, le=9223372036854775807)] | None = None  # Needed for simulated; else what the driver says.
+    vram_bytes: Annotated[int, Meta(ge=1, le=9223372036854775807)] | None = None  # Needed for simulated; of a card: how much of it may be used. Devices that name the same card need it.
     backend: Literal['cuda', 'cpu', 'simulated'] = 'cuda'
 
 
@@ -63,13 +63,13 @@ class PoolSettings(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True
     engine: Annotated[str, Meta(min_length=1, max_length=64)] = 'llamacpp'
     model: Annotated[str, Meta(min_length=1, max_length=1024)] = 'builtin:tiny'  # `builtin:tiny`, or `file:` and the path of a GGUF file.
     devices: Literal['auto'] | Annotated[list[Annotated[str, Meta(min_length=1)]], Meta(min_length=1)] = 'auto'  # `auto`, or the ids of the devices that the pool may use, one replica on each.
-    replicas: Literal['auto'] | Annotated[int, Meta(ge=1, le=64)] = 'auto'  # `auto`: one on each device; or a count, spread over the devices.
+    replicas: Literal['auto'] | Annotated[int, Meta(ge=1, le=64)] = 'auto'  # `auto`: one on each device that can hold it, with as many slots as fit, up to `slots`; or a count, spread over the devices.
     slots: Annotated[int, Meta(ge=1, le=64)] = 4  # Sequences per replica.
     ctx: Annotated[int, Meta(ge=64, le=16777216)] = 2048  # Tokens of context per slot.
     queue: QueueSettings = field(default_factory=QueueSettings)  # The pool's queue.
     max_tokens: Annotated[int, Meta(ge=1, le=16777216)] = 256  # For tasks that name none.
     sampler_profile_version: Annotated[str, Meta(min_length=1, max_length=64)] = 'v1'
-    keep_alive_ms: Annotated[int, Meta(ge=0, le=9223372036854775807)] | None = None  # Unload after this long without a task. null keeps it loaded.
+    keep_alive_ms: Annotated[int, Meta(ge=0, le=9223372036854775807)] | None = None  # Load it when a task needs it, unload it after this long without one. null keeps it loaded.
     tensor_split: list[Annotated[float, Meta(ge=0)]] | None = None  # Opt in to one replica over several devices, with these shares.
 
 
@@ -77,9 +77,9 @@ class OnDemandSettings(Struct, kw_only=True, frozen=True, forbid_unknown_fields=
     """Loading of models that no pool serves."""
 
     enabled: bool = True
-    slots: Annotated[int, Meta(ge=1, le=64)] = 4
-    keep_alive_ms: Annotated[int, Meta(ge=0, le=9223372036854775807)] = 900000
-    min_residency_ms: Annotated[int, Meta(ge=0, le=9223372036854775807)] = 30000
+    slots: Annotated[int, Meta(ge=1, le=64)] = 4  # Sequences per replica.
+    keep_alive_ms: Annotated[int, Meta(ge=0, le=9223372036854775807)] = 900000  # Unload after this long without a task.
+    min_residency_ms: Annotated[int, Meta(ge=0, le=9223372036854775807)] = 30000  # How long a model stays at least, whoever waits for its room.
 
 
 class SamplerProfileSettings(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
@@ -131,7 +131,7 @@ class CatalogSettings(Struct, kw_only=True, frozen=True, forbid_unknown_fields=T
     """Trust in models."""
 
     trust_policy: TrustPolicySettings = field(default_factory=TrustPolicySettings)  # What a model must show before it is served.
-    file_roots: list[str] = field(default_factory=lambda: [])
+    file_roots: list[str] = field(default_factory=lambda: [])  # Folders whose files a task, or a reload, may name as `file:/…`.
 
 
 class OutboundSettings(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):

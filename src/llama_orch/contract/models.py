@@ -75,7 +75,7 @@ class TaskRequest(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True)
     task_id: Uuid | None = None  # Chosen by the client to make the request idempotent.
     session_id: Uuid | None = None
     workload: Workload = Workload.COMPLETION
-    model_ref: Annotated[str, Meta(min_length=1, max_length=1024)]  # The model: a reference such as `builtin:tiny` or `file:/…`, or `sha256:…`.
+    model_ref: Annotated[str, Meta(min_length=1, max_length=1024)]  # The model: a reference such as `builtin:tiny` or `file:/…`, or `sha256:…`. One that no pool serves is loaded on demand if it is built in, or a file below one of `catalog.file_roots`.
     engine: Annotated[str, Meta(min_length=1, max_length=64)] | None = None  # Any engine that serves the model when absent.
     ctx: Annotated[int, Meta(ge=1, le=2147483647)] | None = None  # Context in tokens that must be available.
     priority: Priority = Priority.INTERACTIVE
@@ -380,7 +380,7 @@ class Pool(Struct, kw_only=True, frozen=True):
     queue: Queue
     queue_depth: QueueDepth
     ready: bool
-    on_demand: bool  # Made for a task that named a model which no configured pool serves; goes when its model is unloaded.
+    on_demand: bool  # Made for a task that named a model which no configured pool serves. It stays in the list, loaded or not, while there are not too many of them.
     keep_alive_ms: Annotated[int, Meta(ge=0, le=9223372036854775807)] | None  # Unloaded after this long without a task; null keeps it loaded.
 
 

@@ -133,9 +133,9 @@ class Fleet:
             return
         self._settled_s = now
         self._see_off(now)
-        self._launch_promised(now)
         for pool in list(self.pools.values()):
             self._keep_pinned(pool, now)
+        self._launch_promised(now)
         for pool in self._in_need(now):
             self._provide(pool, now)
 
@@ -174,26 +174,51 @@ class Fleet:
         self._emit(Load(replica.replica_id))
 
     def _launch_promised(self, now: float) -> None:
+        """Load who was promised room, once it is there. If nobody who is leaving can make it, others are asked to."""
         for replica in list(self.replicas.values()):
             if replica.state is not ReplicaState.LOADING or replica.is_launched:
                 continue
             if self.ledger.has_room(replica):
                 self.load(replica, now)
             elif not any(self._is_leaving(other, replica) for other in self.replicas.values()):
-                replica.mark_unloaded()  # the room went to somebody else, another program perhaps: plan anew
+                self._ask_for_room(replica, now)
 
     @staticmethod
     def _is_leaving(other: Replica, newcomer: Replica) -> bool:
         is_near = not set(other.device_ids).isdisjoint(newcomer.device_ids)
         return is_near and (other.is_closing or other.state is ReplicaState.UNLOADING)
 
+    def _ask_for_room(self, replica: Replica, now: float) -> None:
+        """What is to stay loaded goes before what was loaded on demand. Anybody else is planned anew: the room went to
+        somebody that is not ours, perhaps."""
+        is_to_stay = replica.is_pinned and self.owner(replica) not in self.coming.values()
+        victims = self.room_makers(replica, now) if replica.is_pinned else None
+        if victims:
+            self._close(victims)
+        elif not is_to_stay:
+            replica.mark_unloaded()
+
+    def room_makers(self, replica: Replica, now: float) -> tuple[Holder, ...] | None:
+        """Who would have to leave for a replica that is to stay loaded; None where that would not do."""
+        others = [self._holder(r, now) for r in self.replicas.values() if not r.is_pinned and r.holds_memory]
+        return residency.cheapest_victims(
+            replica, [one for one in others if not one.replica.is_closing], self.ledger, now
+        )
+
+    def _close(self, victims: Sequence[Holder]) -> None:
+        """They take no more tasks, and leave once they have none."""
+        for victim in victims:
+            victim.replica.is_closing, victim.replica.close_reason = True, "evicted"
+            if not victim.replica.leases:
+                self.unload(victim.replica, "evicted")
+
     def _keep_pinned(self, pool: Pool, now: float) -> None:
         """What is to stay loaded is loaded again as soon as there is room."""
         if pool.is_draining or pool.spec.pool_id in self.coming:
             return
         for replica in pool.replicas.values():
-            if replica.is_pinned and replica.state is ReplicaState.UNLOADED and self.ledger.has_room(replica):
-                self.load(replica, now)
+            if replica.is_pinned and replica.state is ReplicaState.UNLOADED:
+                replica.mark_loading(now, is_launched=False)
 
     def is_needed(self, pool: Pool, now: float) -> bool:
         return bool(len(pool.queue)) or (pool.wanted_until_s > now and not pool.is_paused)
@@ -227,10 +252,7 @@ class Fleet:
             pool.why_not_loaded = residency.shortage(candidates, self.ledger)
             return
         pool.why_not_loaded = None
-        for victim in proposal.victims:
-            victim.replica.is_closing, victim.replica.close_reason = True, "evicted"
-            if not victim.replica.leases:
-                self.unload(victim.replica, "evicted")
+        self._close(proposal.victims)
         if self.ledger.has_room(proposal.replica):
             self.load(proposal.replica, now)
         else:

@@ -50,7 +50,7 @@ class Gate:
         if self._fleet.is_ending:
             raise refusals.ending(pool)
         if pool.is_draining:
-            raise refusals.draining(pool, now)
+            raise refusals.draining(pool)
         if pool.is_paused:
             raise refusals.reloading(pool, self._predictor.advice_ms(pool, self._tasks, now))
         if not pool.is_live:

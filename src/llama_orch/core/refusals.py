@@ -32,12 +32,11 @@ def ending(pool: Pool) -> PoolUnavailable:
     )
 
 
-def draining(pool: Pool, now: float) -> PoolUnavailable:
-    left_ms = RESTART_MS if pool.drain_until_s is None else max(1, round((pool.drain_until_s - now) * 1000))
+def draining(pool: Pool) -> PoolUnavailable:
     return PoolUnavailable(
         f"pool {pool.spec.pool_id} is drained and takes no new tasks; use another model, or have the pool reloaded",
         engine=pool.spec.engine,
-        retry_after_ms=left_ms,
+        retry_after_ms=MENDING_MS,  # it comes back when somebody sees to it
     )
 
 

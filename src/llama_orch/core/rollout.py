@@ -51,25 +51,26 @@ class Rollouts:
         rollout = self._by_pool[pool_id] = Rollout(old, new)
         self._fleet.coming[pool_id] = new
         self._fleet.add(new)
-        if self._load_all(new, now):
+        _promise(new, now)
+        if self._fit_beside(new, now):
             old.last_reload = f"loading {new.spec.model} beside {old.spec.model}"
             return
+        for replica in new.replicas.values():
+            replica.mark_unloaded()
         rollout.phase = Phase.DRAINING
         old.is_paused = True
         old.last_reload = f"waiting for the tasks of {old.spec.model}, then loading {new.spec.model} in its place"
 
-    def _load_all(self, new: Pool, now: float) -> bool:
-        """Start all replicas; none, where one of them has no room."""
-        for replica in new.replicas.values():
-            if not self._fleet.ledger.has_room(replica):
-                for other in new.replicas.values():
-                    if other.state is ReplicaState.LOADING:
-                        other.mark_unloaded()
-                return False
-            replica.mark_loading(now, is_launched=False)  # holds the room while the others are looked at
-        for replica in new.replicas.values():
-            self._fleet.load(replica, now)
-        return True
+    def _fit_beside(self, new: Pool, now: float) -> bool:
+        """Whether all of them have room while the old ones stay, those that were loaded on demand and are idle left
+        aside. Each has been promised its room, so they do not count on the same."""
+        return all(self._has_room_beside(replica, now) for replica in new.replicas.values())
+
+    def _has_room_beside(self, replica: Replica, now: float) -> bool:
+        if self._fleet.ledger.has_room(replica):
+            return True
+        leaving = self._fleet.room_makers(replica, now)
+        return leaving is not None and not any(victim.is_busy for victim in leaving)
 
     def of(self, replica: Replica) -> Rollout | None:
         """The rollout that brings this replica."""
@@ -121,7 +122,9 @@ class Rollouts:
             for replica in old.replicas.values():
                 self._fleet.unload(replica, "reload")
             _promise(new, now)
-        elif rollout.phase is Phase.IN_PLACE and any(r.state is ReplicaState.UNLOADED for r in new.replicas.values()):
+        elif rollout.phase is not Phase.DRAINING and any(
+            r.state is ReplicaState.UNLOADED for r in new.replicas.values()
+        ):
             self.failed(old.spec.pool_id, shortage(new.replicas.values(), self._fleet.ledger), now)
 
     def _see_off(self, pool: Pool) -> None:

@@ -23,10 +23,18 @@ from llama_orch.engines.base import (
     WorkerLost,
     load_failed,
 )
-from llama_orch.engines.client import CompletionEvent, CompletionStream, LlamaClient, Timings, completion_body
+from llama_orch.engines.client import (
+    CompletionEvent,
+    CompletionStream,
+    LlamaClient,
+    Props,
+    Timings,
+    completion_body,
+)
 from llama_orch.engines.process import STALL_TIMEOUT_S, WorkerProcess
 
 _START_WAIT_S = 0.25
+_LAST_WORDS_WAIT_S = 1.0
 _POLL_FIRST_S = 0.001
 _POLL_MAX_S = 0.05
 
@@ -45,12 +53,9 @@ class HttpWorker:
         """See Worker.ready. Facts are what the engine granted, which may be another context than was asked for."""
         line = await self._process.ready()
         try:
-            props = await self._client.props()
-        except BaseException as error:
+            props = await self._props()
+        except BaseException:
             await self._process.kill()
-            if isinstance(error, EngineError):
-                reasons = filter(None, (str(error), self._process.log.fatal_error))
-                raise load_failed(f"the worker loaded the model but does not answer: {'; '.join(reasons)}") from error
             raise
         return WorkerFacts(
             engine_version=line.engine_version,
@@ -104,6 +109,20 @@ class HttpWorker:
 
     async def stop(self, grace_s: float) -> None:
         await self._process.stop(grace_s)
+
+    async def _props(self) -> Props:
+        try:
+            return await self._client.props()
+        except EngineError as error:
+            why = f"the worker loaded the model but does not answer: {error}{await self._last_words()}"
+            raise load_failed(why) from error
+
+    async def _last_words(self) -> str:
+        """What a worker that is dying says of it."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(_LAST_WORDS_WAIT_S):
+                return f"; {await self._process.lost()}"
+        return ""
 
     async def _cancel(self, stream: CompletionStream, job: Job) -> None:
         """Close the stream and wait until the slot is free. The engine looks up between two batches of a prompt, which

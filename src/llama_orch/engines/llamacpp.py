@@ -16,12 +16,13 @@ from typing import Literal
 from llama_orch.engines.base import EngineTraits, LoadFailed, ReplicaSpec
 from llama_orch.engines.http_worker import HttpWorker, launch_worker
 from llama_orch.engines.process import STALL_TIMEOUT_S, worker_environment
-from llama_orch.models.gguf import GgufError, read_gguf_header
+from llama_orch.models.gguf import GgufError, GgufHeader, read_gguf_header
 from llama_orch.workers.llama_server import refused_argument
 
 Launcher = Literal["embedded", "binary"]
 
 _PROBE_TIMEOUT_S = 10.0
+_REQUIRED = ("context_length", "embedding_length", "block_count")  # of every architecture that llama.cpp knows
 _VERSION = re.compile(r"version: (\d+) \((\w+)\)")
 
 _DETERMINISM = (
@@ -66,20 +67,21 @@ class LlamaCppEngine:
         )
 
     def refusal(self, model_path: Path) -> str | None:
-        """llama.cpp itself knows which architectures it loads; here the file only has to be whole and in one piece."""
+        """llama.cpp itself knows which architectures it loads; here the file only has to be whole, in one piece, and a
+        model of the architecture that it names."""
         try:
-            header = read_gguf_header(model_path)
+            return _refusal(read_gguf_header(model_path))
         except (GgufError, OSError) as error:
             return str(error)
-        if header.is_split:
-            return "the model is one part of a split GGUF: merge the parts with llama-gguf-split first"
-        return None
 
     async def launch(self, spec: ReplicaSpec) -> HttpWorker:
         try:
             header = await asyncio.to_thread(read_gguf_header, spec.model_path)
         except (GgufError, OSError) as error:
             raise LoadFailed(str(error)) from error
+        refusal = _refusal(header)
+        if refusal is not None:
+            raise LoadFailed(refusal)
         settings: dict[str, object] = {"cache_ram_mib": self._cache_ram_mib}
         if self._binary is not None:
             settings |= {"binary": str(self._binary.absolute()), "extra_args": list(self._extra_args)}
@@ -91,6 +93,16 @@ class LlamaCppEngine:
             settings=settings,
             stall_timeout_s=self._stall_timeout_s,
         )
+
+
+def _refusal(header: GgufHeader) -> str | None:
+    if header.is_split:
+        return "the model is one part of a split GGUF: merge the parts with llama-gguf-split first"
+    names = [f"{header.architecture}.{key}" for key in _REQUIRED]
+    missing = [name for name in names if name not in header.kv]
+    if missing:
+        return f"llama.cpp cannot load the model: its header names {header.architecture!r} but lacks {missing[0]}"
+    return None
 
 
 def embedded_version() -> str:

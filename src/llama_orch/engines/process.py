@@ -21,7 +21,8 @@ from typing import cast
 import msgspec
 
 from llama_orch.engines.base import LoadFailed, load_failed
-from llama_orch.engines.private_folder import make_private_folder, remove_private_folder
+from llama_orch.engines.private_folder import make_private_folder, record_worker, remove_private_folder
+from llama_orch.engines.processes import session_members
 from llama_orch.engines.worker_log import WorkerLog
 
 STALL_TIMEOUT_S = 120.0
@@ -80,6 +81,11 @@ class WorkerProcess(asyncio.SubprocessProtocol):
         self._transport = transport
         self.pid = transport.get_pid()
         self._last_output_at = self._loop.time()
+        try:
+            record_worker(self.folder, self.pid)
+        except OSError as error:
+            await self.kill()
+            raise LoadFailed(f"{self.folder}: {error.strerror or error}") from error
         line = msgspec.json.encode({**configuration, "parent_pid": os.getpid()}) + b"\n"
         # Typed as any transport, and uvloop's is no subclass of asyncio.WriteTransport; stdin is one that writes.
         cast(asyncio.WriteTransport, transport.get_pipe_transport(0)).write(line)
@@ -227,22 +233,3 @@ def exit_reason(returncode: int | None) -> str:
         return f"killed by {signal.Signals(-returncode).name}"
     except ValueError:
         return f"killed by signal {-returncode}"
-
-
-def session_members(session_id: int) -> list[int]:
-    """The live processes of a session whose leader is gone; empty while a process with the leader's id exists, for then
-    the id belongs to somebody else."""
-    members = []
-    for entry in os.listdir("/proc"):
-        if not entry.isdecimal():
-            continue
-        try:
-            # After the last ")" come state, ppid, pgrp, session; the name before it may hold anything.
-            state, _, _, session = Path(f"/proc/{entry}/stat").read_bytes().rpartition(b")")[2].split()[:4]
-        except OSError:
-            continue
-        if int(session) == session_id and state not in b"ZX":
-            if int(entry) == session_id:
-                return []
-            members.append(int(entry))
-    return members

@@ -17,7 +17,7 @@ from llama_orch.engines.base import WorkerFacts
 from llama_orch.observe.journal import Journal
 from llama_orch.runtime.builder import Builder, calibration_key
 from llama_orch.runtime.decoding import Spawn
-from llama_orch.runtime.measure import measured_bytes
+from llama_orch.runtime.measure import Differences, measured_bytes
 from llama_orch.runtime.replicas import Listener, Replicas
 
 log = logging.getLogger("llama_orch.keeper")
@@ -52,6 +52,7 @@ class Keeper:
         self._perform = perform
         self._wake = wake
         self._devices_fresh_until = 0.0
+        self._differences = Differences()
         replicas.listen(
             Listener(self._ready, self._lost, scheduler.replica_explained, self._unloaded, self._memory_back)
         )
@@ -79,6 +80,7 @@ class Keeper:
                 self._replicas.discard(replica_id)
 
     def _load(self, replica_id: str) -> None:
+        self._differences.begin(replica_id, self._mask(self._scheduler.replicas[replica_id]))
         self._spawn(self._replicas.live(replica_id), f"replica {replica_id}")
 
     # -- what becomes of workers ---------------------------------------------------------------------------------------
@@ -95,7 +97,13 @@ class Keeper:
     def _measure(self, replica: Replica, pool: Pool, facts: WorkerFacts, digest: str) -> None:
         """What it takes is known now: for the ledger, and for the next load of the same."""
         mask = self._mask(replica)
-        measured = measured_bytes(mask, facts)
+        measured = measured_bytes(
+            mask,
+            facts,
+            lambda source: self._differences.of(
+                replica.replica_id, source, replica.need_bytes.get(source.device.device_id, 0)
+            ),
+        )
         calibration, predicted = self._builder.calibration, sum(replica.need_bytes.values())
         if calibration is not None and predicted and measured.keys() == set(replica.device_ids):
             key = calibration_key(digest, pool.spec.engine_version, pool.spec.ctx, replica.slots, mask[0])
@@ -112,13 +120,16 @@ class Keeper:
         now = self._clock.now()
         replica = self._scheduler.replicas[replica_id]
         pool = self._scheduler.fleet.owner(replica)
+        self._differences.changed(replica.device_ids)
         self._scheduler.replica_lost(replica_id, reason, now, is_shortage=is_shortage)
         self._journal.replica_lost(replica, pool, reason, now)
         self._perform()
         self._wake()
 
     def _unloaded(self, replica_id: str) -> None:
-        if replica_id in self._scheduler.replicas:
+        replica = self._scheduler.replicas.get(replica_id)
+        if replica is not None:
+            self._differences.changed(replica.device_ids)
             self._look_now()
             self._scheduler.replica_unloaded(replica_id, self._clock.now())
         self._perform()

@@ -176,9 +176,13 @@ class Shelf:
             self._replicas.discard(replica_id)
 
     def _seat_in_place(self, draft: Draft, old: Pool) -> None:
-        """Where the pool's devices have room for it once the old model has left."""
+        """Where the pool's devices have room for it once the old model, and what was loaded on demand, has left."""
         ledger = self._scheduler.fleet.ledger
-        leaving = [replica for replica in old.replicas.values() if replica.holds_memory]
+        leaving = [
+            replica
+            for replica in self._scheduler.replicas.values()
+            if replica.holds_memory and (replica.replica_id in old.replicas or not replica.is_pinned)
+        ]
         free = {
             device_id: ledger.free_bytes(device_id) + sum(r.need_bytes.get(device_id, 0) for r in leaving)
             for device_id in ledger.devices

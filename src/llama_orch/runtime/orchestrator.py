@@ -10,6 +10,7 @@ import asyncio
 import logging
 from collections.abc import Coroutine
 from contextlib import suppress
+from contextvars import Context
 from typing import Any
 
 from msgspec import structs
@@ -93,7 +94,8 @@ class Orchestrator:
     def _spawn(self, coroutine: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
         if self._group is None:
             raise RuntimeError("the orchestrator does not run")
-        return self._group.create_task(coroutine, name=name)
+        # Not in the context of whoever gave the occasion: what a worker does later is not that request's doing.
+        return self._group.create_task(coroutine, name=name, context=Context())
 
     async def drain(self) -> None:
         """Take no more tasks and wait for the running ones, at most DRAIN_LIMIT_S; then cancel the rest."""

@@ -19,6 +19,8 @@ from schemathesis import Case, CheckContext, HookContext, Response
 
 MODELS = json.loads(os.environ["FUZZ_MODELS"])  # the first is the real one
 IDS = json.loads(os.environ["FUZZ_IDS"])  # for paths, by their beginning: what is there, and what is not
+RELOADS = json.loads(os.environ["FUZZ_RELOADS"])  # models for the pool that is drained and reloaded
+ACTS_ON_POOLS = ("POST /v1/pools/{id}/drain", "POST /v1/pools/{id}/reload")
 MAX_TOKENS = 16
 MAX_INPUTS = 3
 CTX = 2048
@@ -127,7 +129,11 @@ def _never_null(schema: dict[str, Any]) -> dict[str, Any]:
 def before_call(context: HookContext, case: Case, kwargs: dict[str, Any]) -> None:
     """Makes right requests right in what no schema can say. Schemathesis judges the request anew afterwards, so a
     wrong one stays wrong. Three of four paths lead to what exists; links lead by themselves."""
-    if case.meta is None or case.meta.generation.mode.is_negative:
+    if case.meta is None:
+        return
+    if case.operation.label in ACTS_ON_POOLS:
+        lead_to_its_pool(case)
+    if case.meta.generation.mode.is_negative:
         return
     _count[case.operation.label] += 1
     number = _count[case.operation.label]
@@ -136,9 +142,29 @@ def before_call(context: HookContext, case: Case, kwargs: dict[str, Any]) -> Non
     if case.operation.label == "POST /v1/tasks":
         if isinstance(case.body, dict):
             case.body = admissible(case.body, number)
+    elif case.operation.label in ACTS_ON_POOLS:
+        if number % 4 == 0 and case.meta.phase.name.value != "stateful":
+            case.path_parameters = case.path_parameters | {"id": known_and_unknown(case)[1]}
     elif "id" in case.path_parameters and case.meta.phase.name.value != "stateful":
-        known, unknown = next(ids for start, ids in IDS.items() if case.path.startswith(start))
+        known, unknown = known_and_unknown(case)
         case.path_parameters = case.path_parameters | {"id": known if number % 4 else unknown}
+
+
+def known_and_unknown(case: Case) -> tuple[str, str]:
+    known, unknown = next(ids for start, ids in IDS.items() if case.path.startswith(start))
+    return known, unknown
+
+
+def lead_to_its_pool(case: Case) -> None:
+    """A drain or a reload that the service may accept goes to the pool that no task is for, wherever a link leads it
+    and whatever else is wrong with it: a header that nobody knows does no harm. Three of four models are there."""
+    wrong = {location.value for location, part in case.meta.components.items() if part.mode.is_negative}
+    if "path" not in wrong:
+        case.path_parameters = case.path_parameters | {"id": known_and_unknown(case)[0]}
+    if "body" not in wrong and isinstance(case.body, dict) and "new_model_ref" in case.body:
+        number = _count["models"] = _count["models"] + 1
+        if number % 4:
+            case.body = case.body | {"new_model_ref": RELOADS[number // 4 % len(RELOADS)]}
 
 
 def admissible(body: dict[str, Any], number: int) -> dict[str, Any]:

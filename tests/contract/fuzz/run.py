@@ -1,4 +1,5 @@
-"""Schemathesis against the real service: real llama.cpp in one pool, simulated engines behind short queues in two.
+"""Schemathesis against the real service: real llama.cpp in one pool, simulated engines behind short queues in two, and
+one in a pool that no task is for, which alone is drained and reloaded.
 
 python tests/contract/fuzz/run.py                               the gate: the same requests on every run
 python tests/contract/fuzz/run.py --random --max-time 600       the nightly variant; prints its seed
@@ -20,10 +21,11 @@ import urllib.request
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
+from tests.live.client import until
 from tests.live_service import LiveService, live_service
 
 HERE = Path(__file__).resolve().parent
@@ -32,7 +34,13 @@ DOCUMENTS = ROOT / "src" / "llama_orch" / "contract" / "documents"
 PHASES = "examples,coverage,fuzzing,stateful"
 MODEL = "builtin:tiny"
 TASK_ID = "3f2b8c1e-9d5a-4c57-8a43-0c7d5b1f2e90"
-IDS = {"/v1/tasks/": [TASK_ID, "ffffffff-ffff-4fff-bfff-ffffffffffff"], "/v1/pools/": ["default", "nowhere"]}
+CHANGING = "changing"
+IDS = {
+    "/v1/tasks/": [TASK_ID, "ffffffff-ffff-4fff-bfff-ffffffffffff"],
+    "/v1/pools/{id}/drain": [CHANGING, "nowhere"],
+    "/v1/pools/{id}/reload": [CHANGING, "nowhere"],
+    "/v1/pools/": ["default", "nowhere"],
+}
 
 # What a run must have seen, or it has tested less than it seems to: operation and status, error codes, frames. A random
 # run ends when its time is over, so of it only successes and frames are asked.
@@ -50,11 +58,38 @@ MUST_SEE = {
         "hostile correlation-ID",
         *(f"listPools {status}" for status in (200, 400, 401)),
         *(f"{operation} {status}" for operation in ("getPool", "getPoolHealth") for status in (200, 400, 401, 404)),
+        *(f"{operation} {status}" for operation in ("drainPool", "reloadPool") for status in (202, 400, 401, 404, 415)),
+        *("drainPool 405", "reloadPool 405", "reloadPool 409"),
         *(f"{operation} {status}" for operation in ("getCapabilities", "getMetrics") for status in (200, 401)),
         *(f"getHealthz {status}" for status in (200, 405)),
     ],
 }
 MUST_SUCCEED = 50  # tasks, on the real engine; a random run may have little time
+
+
+class Files(NamedTuple):
+    """The model files of the simulated pools. A simulated engine reads none, so that they are empty."""
+
+    short: Path
+    dropping: Path
+    changing: Path
+    changed: Path  # what `changing` is reloaded to, and back from
+
+    @property
+    def models(self) -> list[str]:
+        """Of tasks; the first is the real one."""
+        return [MODEL, f"file:{self.short}", f"file:{self.dropping}"]
+
+    @property
+    def reloads(self) -> list[str]:
+        return [f"file:{self.changing}", f"file:{self.changed}"]
+
+
+def files_in(folder: Path) -> Files:
+    files = Files(*(folder / f"{name}.gguf" for name in Files._fields))
+    for file in files:
+        file.touch()
+    return files
 
 
 def main() -> int:
@@ -66,19 +101,17 @@ def main() -> int:
     given = parser.parse_args()
     seed = (random.SystemRandom().randrange(2**32) if given.seed is None else given.seed) if given.random else None
     with tempfile.TemporaryDirectory(prefix="llorch-fuzz-") as folder:
-        files = [Path(folder, f"{name}.gguf") for name in ("short", "dropping")]  # a simulated engine reads no file
-        for file in files:
-            file.touch()
-        models = [MODEL, *(f"file:{file}" for file in files)]
-        with live_service(configuration(*files)) as service:
+        files = files_in(Path(folder))
+        with live_service(configuration(files)) as service:
             submit_and_wait(service)
             problems = [
                 problem
                 for name in MUST_SEE
                 for problem in fuzz(
-                    service, name, arguments(name, seed, given), models, Path(folder), is_gate=seed is None
+                    service, name, arguments(name, seed, given), files, Path(folder), is_gate=seed is None
                 )
             ]
+            problems += left_in_service(service, files)
             problems += judge(service, MUST_SUCCEED if seed is None else 1)
     for problem in problems:
         print(f"problem: {problem}", file=sys.stderr)
@@ -87,20 +120,22 @@ def main() -> int:
     return 1 if problems else 0
 
 
-def configuration(short: Path, dropping: Path) -> dict[str, Any]:
+def configuration(files: Files) -> dict[str, Any]:
     """Answers are short where a task does not say how long; the queues of the simulated pools are soon full."""
     simulated = {"engine": "simulated", "slots": 1, "max_tokens": 32}
     return {
         "devices": [{"id": "cpu", "backend": "cpu"}],
+        "catalog": {"file_roots": [str(files.changed.parent)]},
         "pools": [
             {"id": "default", "model": MODEL, "max_tokens": 8},
-            {"id": "short", "model": f"file:{short}", "queue": {"capacity": 1}, **simulated},
+            {"id": "short", "model": f"file:{files.short}", "queue": {"capacity": 1}, **simulated},
             {
                 "id": "dropping",
-                "model": f"file:{dropping}",
+                "model": f"file:{files.dropping}",
                 "queue": {"capacity": 1, "full_policy": "drop-lru"},
                 **simulated,
             },
+            {"id": CHANGING, "model": f"file:{files.changing}", **simulated},
         ],
     }
 
@@ -116,13 +151,14 @@ def arguments(name: str, seed: int | None, given: argparse.Namespace) -> list[st
 
 
 def fuzz(
-    service: LiveService, name: str, options: list[str], models: list[str], folder: Path, *, is_gate: bool
+    service: LiveService, name: str, options: list[str], files: Files, folder: Path, *, is_gate: bool
 ) -> Iterator[str]:
     """One run of `st`, in a folder of its own so that nothing stays behind. Yields problems."""
     seen_path = folder / f"{name}.json"
     environment = os.environ | {
         "FUZZ_SEEN": str(seen_path),
-        "FUZZ_MODELS": json.dumps(models),
+        "FUZZ_MODELS": json.dumps(files.models),
+        "FUZZ_RELOADS": json.dumps(files.reloads),
         "FUZZ_IDS": json.dumps(IDS),
         "LLORCH_API_TOKEN": service.token,
         "PYTHONPATH": os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")]),
@@ -146,6 +182,30 @@ def submit_and_wait(service: LiveService) -> None:
     request = urllib.request.Request(f"{service.url}/v1/tasks", json.dumps(body).encode(), headers)
     urllib.request.urlopen(request, timeout=60).close()
     assert "event: end" in read(service, f"/v1/tasks/{TASK_ID}/stream")
+
+
+def left_in_service(service: LiveService, files: Files) -> Iterator[str]:
+    """After all drains and reloads the next reload brings their pool back, and the others have never gone."""
+    until(lambda: ended(health_of(service)))
+    body, headers = json.dumps({"new_model_ref": files.reloads[0]}).encode(), {"Content-Type": "application/json"}
+    request = urllib.request.Request(f"{service.url}/v1/pools/{CHANGING}/reload", body, service.headers | headers)
+    urllib.request.urlopen(request, timeout=60).close()
+    until(lambda: ended(health_of(service)))
+    if not str(health_of(service)["last_reload"]).startswith("done:"):
+        yield f"the pool that was drained does not come back: {health_of(service)}"
+    for pool in json.loads(read(service, "/v1/pools"))["items"]:
+        if not pool["ready"]:
+            yield f"pool {pool['id']} is out of service"
+
+
+def health_of(service: LiveService) -> dict[str, Any]:
+    health: dict[str, Any] = json.loads(read(service, f"/v1/pools/{CHANGING}/health"))
+    return health
+
+
+def ended(health: dict[str, Any]) -> bool:
+    """No reload runs."""
+    return not str(health["last_reload"]).startswith(("loading", "waiting"))
 
 
 def read(service: LiveService, path: str) -> str:

@@ -17,9 +17,17 @@ import msgspec
 from starlette.types import Message, Receive, Scope, Send
 
 from llama_orch.api import app, auth, edge, hosts, refusals, sse, validation
-from llama_orch.contract.models import Capabilities, EndFrame, Error, MetricsFrame, Priority
+from llama_orch.contract.models import (
+    Capabilities,
+    DrainRequest,
+    EndFrame,
+    Error,
+    MetricsFrame,
+    PoolHealth,
+    Priority,
+)
 from llama_orch.core import queue, scheduler
-from llama_orch.errors import AdmissionReject, LlorchError, NotFound, Unauthorized
+from llama_orch.errors import AdmissionReject, Conflict, LlorchError, NotFound, Unauthorized
 from llama_orch.observe import metrics
 from llama_orch.runtime import jobs, orchestrator, service, streams, views
 
@@ -173,6 +181,21 @@ def body_uuid_unchecked() -> None:
         except (msgspec.MsgspecError, UnicodeDecodeError, AttributeError, LookupError, TypeError):
             pass
         return original(self, body, decoder)
+
+    validation.CheckedRequest._decoded = decoded
+
+
+@defect(Fuzz("control", "drainPool"))
+def drain_deadline_unbounded() -> None:
+    """A `deadline_ms` below 0, or of more than a week, is taken."""
+    original = validation.CheckedRequest._decoded
+
+    def decoded(self: validation.CheckedRequest, body: bytes, decoder: msgspec.json.Decoder[Any]) -> Any:
+        try:
+            given = msgspec.json.decode(body, type=dict[str, int])
+        except (msgspec.MsgspecError, UnicodeDecodeError):
+            return original(self, body, decoder)
+        return DrainRequest(**given) if given.keys() == {"deadline_ms"} else original(self, body, decoder)
 
     validation.CheckedRequest._decoded = decoded
 
@@ -369,6 +392,20 @@ def a_task_is_lost() -> None:
         return found
 
     service.LocalService.get_task = get_task
+
+
+@defect(Fuzz("control", "reloadPool"))
+def a_second_reload_is_taken() -> None:
+    """A reload while another one runs is answered with 202, and nothing comes of it."""
+    original = service.LocalService.reload_pool
+
+    async def reload_pool(self: service.LocalService, pool_id: str, new_model_ref: str) -> PoolHealth:
+        try:
+            return await original(self, pool_id, new_model_ref)
+        except Conflict:
+            return self.get_pool_health(pool_id)
+
+    service.LocalService.reload_pool = reload_pool
 
 
 # -- what is promised ------------------------------------------------------------------------------------------------

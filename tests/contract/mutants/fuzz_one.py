@@ -23,16 +23,13 @@ def main() -> int:
         live_service.PROGRAM[:] = program(defect[0])
     names = operations.split(",")
     with tempfile.TemporaryDirectory(prefix="llorch-mutant-") as folder:
-        files = [Path(folder, f"{name}.gguf") for name in ("short", "dropping")]
-        for file in files:
-            file.touch()
-        models = [gate.MODEL, *(f"file:{file}" for file in files)]
+        files = gate.files_in(Path(folder))
         options = ["--config-file", str(gate.HERE / "schemathesis.toml"), "--no-color", "run"]
         options += [str(gate.DOCUMENTS / f"{document}.json"), "--phases", phases]
         options += [word for name in names for word in ("--include-operation-id", name)]
-        with live_service.live_service(gate.configuration(*files)) as service:
+        with live_service.live_service(gate.configuration(files)) as service:
             gate.submit_and_wait(service)
-            found = list(gate.fuzz(service, document, options, models, Path(folder), is_gate=True))
+            found = list(gate.fuzz(service, document, options, files, Path(folder), is_gate=True))
             problems = [*relevant(found, names, phases), *gate.judge(service, must_succeed=0)]
     for problem in problems:
         print(f"problem: {problem}")
