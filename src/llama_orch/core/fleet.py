@@ -25,6 +25,7 @@ PATIENCE_SWAPS = 4.0
 LOAD_GUESS_S, LOAD_GUESS_BYTES_PER_S = 0.5, 1e9
 NO_PLACE_RETRY_S = 5.0  # before a replica is tried again on a device that cannot be used, or has no room for it
 WANTED_S = 60.0  # a pool that somebody asked for is kept wanted for this long, until the request comes again
+HOPE_S = 60.0  # for room that nobody of ours can make: another program's, or a person's to give
 SHORTAGES_MAX = 1  # of memory, before a replica is given up
 SHORTAGE_GROWTH = 1.15  # of the predicted need, after a shortage
 QUARANTINE_S = 60.0  # of a model that was loaded on demand and failed; then a new task may have it tried again
@@ -242,7 +243,7 @@ class Fleet:
         to be worth another replica."""
         for pool in self.every_pool():
             if not self.is_needed(pool, now) or pool.is_coming:
-                pool.waiting_since_s = None
+                pool.waiting_since_s = pool.hopeless_since_s = None
             elif pool.waiting_since_s is None:
                 pool.waiting_since_s = now
         pools = [pool for pool in self.every_pool() if pool.waiting_since_s is not None or self._has_backlog(pool, now)]
@@ -267,7 +268,10 @@ class Fleet:
         if proposal is None:
             if pool.waiting_since_s is not None:
                 pool.why_not_loaded = residency.shortage(candidates, self.ledger)
+                if not any(self.could_fit(replica) for replica in candidates):
+                    pool.hopeless_since_s = now if pool.hopeless_since_s is None else pool.hopeless_since_s
             return
+        pool.hopeless_since_s = None
         self._close(proposal.victims)
         if self.ledger.has_room(proposal.replica):
             self.load(proposal.replica, now)
@@ -275,8 +279,10 @@ class Fleet:
             proposal.replica.mark_loading(now, is_launched=False)
 
     def _propose(self, pool: Pool, candidates: list[Replica], now: float) -> Proposal | None:
+        others_pools = [other for other in self.pools.values() if other is not pool]
+
         def blocks(replica: Replica) -> int:
-            return self._blocked_by(replica, pool)
+            return residency.blocked_by(replica, others_pools, self.ledger)
 
         ledger = self.ledger
         found = residency.pick(residency.proposals(candidates, (), ledger, blocks, now))
@@ -298,6 +304,17 @@ class Fleet:
                 return found
         return None
 
+    @staticmethod
+    def is_given_up(pool: Pool, now: float) -> bool:
+        """Whether who waits for the pool's model has waited long enough for room that nobody of ours can make."""
+        return pool.hopeless_since_s is not None and pool.hopeless_since_s + HOPE_S <= now
+
+    def could_fit(self, replica: Replica) -> bool:
+        """Whether it would have room if all left that can be made to leave."""
+        return self.ledger.is_sound(replica) and all(
+            need <= self.ledger.contested_bytes(device_id) for device_id, need in replica.need_bytes.items()
+        )
+
     def _holder(self, replica: Replica, now: float) -> Holder:
         pool = self.owner(replica)
         is_busy = bool(replica.leases) or self.is_needed(pool, now)
@@ -314,24 +331,6 @@ class Fleet:
         """How long who waits bears it that others keep their room because they have work (no starvation), and how long
         those have it at least (no thrashing)."""
         return max(self._min_residency_s, PATIENCE_SWAPS * min(self.reload_s(replica) for replica in candidates))
-
-    def _blocked_by(self, newcomer: Replica, pool: Pool) -> int:
-        """Models that fit only where the newcomer would be, and not beside it."""
-        count = 0
-        for other in self.pools.values():
-            if other is pool or other.is_loaded or not other.is_live:
-                continue
-            able = [r for r in other.replicas.values() if r.state is ReplicaState.UNLOADED]
-            places = {r.device_ids for r in able}
-            if places == {newcomer.device_ids} and not any(self._fit_together(r, newcomer) for r in able):
-                count += 1
-        return count
-
-    def _fit_together(self, one: Replica, other: Replica) -> bool:
-        return all(
-            one.need_bytes.get(d, 0) + other.need_bytes.get(d, 0) <= self.ledger.capacity_bytes(d)
-            for d in one.device_ids
-        )
 
     def ran_short(self, replica: Replica, reason: str, now: float) -> None:
         """A load found less memory than was thought. What stays loaded tries again in time; what was loaded on demand
@@ -384,6 +383,8 @@ class Fleet:
             return
         patience_s = self.patience_s(candidates)
         yield pool.waiting_since_s + patience_s
+        if pool.hopeless_since_s is not None:
+            yield pool.hopeless_since_s + HOPE_S
         if not len(pool.queue):
             yield pool.wanted_until_s
         for replica in self.replicas.values():

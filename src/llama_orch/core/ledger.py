@@ -90,6 +90,15 @@ class Ledger:
         }
         return {device_id: lack for device_id, lack in found.items() if lack > 0}
 
+    def staying_bytes(self, device_id: str) -> int:
+        """Held by replicas that nobody can make leave."""
+        return self._sum(device_id, (r for r in self._replicas.values() if r.is_pinned and r.holds_memory))
+
+    def contested_bytes(self, device_id: str) -> int:
+        """What is free, or held by who can be made to leave."""
+        device = self.devices[device_id]
+        return device.vram_total_bytes - device.external_bytes - RESERVE_BYTES - self.staying_bytes(device_id)
+
     def capacity_bytes(self, device_id: str) -> int:
         """What an empty device has to give."""
         return self.devices[device_id].vram_total_bytes - RESERVE_BYTES

@@ -14,6 +14,7 @@ from itertools import combinations
 
 from llama_orch.contract.models import ReplicaState
 from llama_orch.core.ledger import Ledger
+from llama_orch.core.pool import Pool
 from llama_orch.core.replica import Replica
 
 REUSE_HALF_LIFE_S = 300.0  # of the chance that an idle model is asked for again
@@ -124,6 +125,25 @@ def proposals(
             free = ledger.scarcest_free_bytes(replica)
             found.append(Proposal(replica, victims, blocks(replica), cost, free, ledger.has_room(replica)))
     return found
+
+
+def blocked_by(newcomer: Replica, pools: Iterable[Pool], ledger: Ledger) -> int:
+    """Models of these pools that fit only where the newcomer would be, and not beside it."""
+    count = 0
+    for pool in pools:
+        if pool.is_loaded or not pool.is_live:
+            continue
+        able = [r for r in pool.replicas.values() if r.state is ReplicaState.UNLOADED]
+        places = {replica.device_ids for replica in able}
+        if places == {newcomer.device_ids} and not any(_fit_together(r, newcomer, ledger) for r in able):
+            count += 1
+    return count
+
+
+def _fit_together(one: Replica, other: Replica, ledger: Ledger) -> bool:
+    return all(
+        one.need_bytes.get(d, 0) + other.need_bytes.get(d, 0) <= ledger.capacity_bytes(d) for d in one.device_ids
+    )
 
 
 def pick(found: Sequence[Proposal]) -> Proposal | None:

@@ -375,6 +375,8 @@ class Scheduler:
             if pool.drain_until_s is not None and pool.drain_until_s <= now:
                 pool.drain_until_s = None
                 self._end_all_of(pool, refusals.drained(pool), now, running_too=True)
+            if self.fleet.is_given_up(pool, now):
+                self._end_all_of(pool, refusals.without_room(pool), now)
             self._dispatcher.dispatch(pool, now)
         if not self.is_draining:
             self.fleet.tick(now)
