@@ -7,8 +7,10 @@ a line in seeds.txt, with what was wrong.
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import pytest
@@ -25,8 +27,24 @@ KEPT = [
 ]
 
 
-def failures(seeds: range) -> dict[int, list[str]]:
-    runs = ((seed, simulate(seed).violations) for seed in seeds)
+OPEN = [
+    (int(seed), re.compile(pattern), why)
+    for seed, pattern, why in re.findall(
+        r"^(\d+) `([^`]+)` (\S.*)$", Path(__file__).with_name("open.txt").read_text(encoding="utf-8"), re.MULTILINE
+    )
+]
+# What follows where something else went wrong, and is no finding of its own.
+FOLLOWS = re.compile(r"the scheduler is not idle, though|still waits after \d+ s: (failed|canceled|not admitted)")
+
+
+def unexplained(violations: Sequence[str]) -> list[str]:
+    """Without those that are known and open, and what follows from them."""
+    known = [violation for violation in violations if any(pattern.search(violation) for _, pattern, _ in OPEN)]
+    return [v for v in violations if v not in known and not (known and FOLLOWS.search(v))]
+
+
+def failures(seeds: Iterable[int]) -> dict[int, list[str]]:
+    runs = ((seed, unexplained(simulate(seed).violations)) for seed in seeds)
     return {seed: violations for seed, violations in runs if violations}
 
 
@@ -40,7 +58,13 @@ def test_nothing_is_broken_in_any_world(part: int) -> None:
 
 def test_seeds_that_once_failed_hold() -> None:
     """What was found and mended stays mended."""
-    assert {seed: simulate(seed).violations for seed, _ in KEPT if simulate(seed).violations} == {}
+    assert failures(seed for seed, _ in KEPT) == {}
+
+
+@pytest.mark.parametrize(("seed", "pattern", "why"), OPEN)
+def test_what_is_open_is_still_open(seed: int, pattern: re.Pattern[str], why: str) -> None:
+    """A line of open.txt whose seed no longer shows it must go, to seeds.txt."""
+    assert any(pattern.search(violation) for violation in simulate(seed).violations), why
 
 
 def test_a_seed_is_one_run() -> None:

@@ -27,9 +27,9 @@ from llama_orch.testing.machine import Machine
 from llama_orch.testing.stage import Stage, on_stage, settings_of
 from llama_orch.testing.world import World, a_world
 
-END_LIMIT_S = 600.0  # of virtual time after the last arrival: whatever happens, all has ended by then
+END_LIMIT_S = 400.0  # of virtual time after the last arrival: whatever happens, all has ended by then
 TRACE_MAX = 5_000  # lines; a hundred are usual
-QUIET_LIMIT_S = 1200.0  # for tasks whose clients have left: longer than all the loads of a replica that is given up
+QUIET_LIMIT_S = 300.0  # for tasks whose clients have left: longer than a load that hangs
 
 Prepare = Callable[[Stage], None]
 

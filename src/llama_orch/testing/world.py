@@ -9,7 +9,7 @@ import random
 from dataclasses import dataclass, field
 from typing import Any
 
-from msgspec import UNSET
+from msgspec import UNSET, structs
 
 from llama_orch.contract.config import OnDemandSettings, PoolSettings, QueueSettings, TasksSettings
 from llama_orch.contract.models import Determinism, Priority, Sampling, TaskRequest
@@ -159,7 +159,10 @@ def _arrivals(dice: random.Random, seed: int, models: list[ImaginaryModel], pool
     sessions = [_id(seed, 0xFFFF - n) for n in range(3)]
     for number in range(dice.randint(5, 16)):
         at_s += 0.0 if dice.random() < 0.3 else round(dice.expovariate(1 / pause_s), 3)
-        request = _request(dice, _id(seed, number), dice.choice(models).reference, sessions)
+        reference = dice.choice(models).reference
+        request = _request(dice, _id(seed, number), reference, sessions)
+        if all(pool.model != reference for pool in pools) and request.max_tokens is None:
+            request = structs.replace(request, max_tokens=12)  # a pool on demand would give it hundreds
         arrivals.append(Arrival(number, at_s, request, dice.choice(CLIENTS), round(dice.uniform(0.0, 2.0), 3)))
     return arrivals
 
