@@ -80,7 +80,9 @@ class Keeper:
                 self._replicas.discard(replica_id)
 
     def _load(self, replica_id: str) -> None:
-        self._differences.begin(replica_id, self._mask(self._scheduler.replicas[replica_id]))
+        replica = self._scheduler.replicas[replica_id]
+        self._replicas.resize(replica_id, replica.slots)
+        self._differences.begin(replica_id, self._mask(replica))
         self._spawn(self._replicas.live(replica_id), f"replica {replica_id}")
 
     # -- what becomes of workers ---------------------------------------------------------------------------------------

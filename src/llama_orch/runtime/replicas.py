@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Coroutine
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,11 @@ class Replicas:
     def add(self, specs: dict[str, tuple[Engine, ReplicaSpec]]) -> None:
         """More replicas, which nothing is known of yet."""
         self._specs |= specs
+
+    def resize(self, replica_id: str, slots: int) -> None:
+        """Its next life has this many slots."""
+        engine, spec = self._specs[replica_id]
+        self._specs[replica_id] = (engine, replace(spec, slots=slots))
 
     def discard(self, replica_id: str) -> None:
         """It will not be loaded again. A life that is ending ends."""
