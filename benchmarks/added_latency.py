@@ -10,18 +10,14 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
-import os
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing
 from pathlib import Path
 
 import httpx
+from served import a_service
 
 from llama_orch.engines.base import Chunk, Job, ReplicaSpec, Sampling, Worker
 from llama_orch.engines.llamacpp import LlamaCppEngine
@@ -29,7 +25,6 @@ from llama_orch.models.references import resolve
 
 PROMPT = "Once upon a time, in a little house by the sea, there lived"
 TOKENS = 8
-TOKEN = "benchmark-0123456789abcdefghijklmnop"
 
 
 async def direct_ms(worker: Worker, seed: int) -> float:
@@ -55,25 +50,9 @@ async def through_ms(client: httpx.AsyncClient, seed: int) -> float:
     return first
 
 
-@asynccontextmanager
-async def a_service(home: Path) -> AsyncIterator[httpx.AsyncClient]:
-    config = home / "config.yaml"
-    config.write_text(json.dumps({"pools": [{"slots": 1}], "logs": {"level": "warning"}}))
-    command = [sys.executable, "-P", "-m", "llama_orch.cli", "serve", "--port", "0", "--lifeline"]
-    env = {**os.environ, "LLORCH_HOME": str(home), "LLORCH_API_TOKEN": TOKEN}
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-    process = await asyncio.create_subprocess_exec(*command, "--config", str(config), env=env, **pipes)
-    try:
-        url = (await process.stdout.readline()).decode().split()[-1]
-        async with httpx.AsyncClient(
-            base_url=url, headers={"Authorization": f"Bearer {TOKEN}"}, trust_env=False, timeout=60
-        ) as client:
-            while not (await client.get("/v1/pools/default")).json()["ready"]:  # noqa: ASYNC110
-                await asyncio.sleep(0.05)
-            yield client
-    finally:
-        process.stdin.close()
-        await process.wait()
+async def until_ready(client: httpx.AsyncClient) -> None:
+    while not (await client.get("/v1/pools/default")).json()["ready"]:  # noqa: ASYNC110
+        await asyncio.sleep(0.05)
 
 
 async def main(rounds: int) -> None:
@@ -83,9 +62,11 @@ async def main(rounds: int) -> None:
     try:
         await worker.ready()
         with tempfile.TemporaryDirectory() as folder:
-            async with a_service(Path(folder)) as client:
+            configuration = {"pools": [{"slots": 1}], "logs": {"level": "warning"}}
+            async with a_service(configuration, Path(folder)) as served:
+                await until_ready(served.client)
                 for seed in range(rounds + 5):
-                    pair = await direct_ms(worker, seed), await through_ms(client, seed)
+                    pair = await direct_ms(worker, seed), await through_ms(served.client, seed)
                     if seed >= 5:  # the first few warm caches up
                         direct.append(pair[0])
                         through.append(pair[1])

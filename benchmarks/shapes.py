@@ -71,6 +71,15 @@ FAMILIES = (
     ),
 )  # fmt: skip
 
+# As large as a card is for: all layers and all tokens, but for the last one.
+FULL_SIZE = (
+    Family("Llama 3 8B", "llama", "not scaled", Quant.Q4_K, 32, 4096, 32, 8, 14336, 128256),
+    Family(
+        "Qwen3 4B", "qwen3", "not scaled", Quant.Q8_0, 36, 2560, 32, 8, 9728, 151936, head=128, is_tied=True
+    ),
+    Family("Llama 3 70B", "llama", "16 of 80 layers", Quant.Q2_K, 16, 8192, 64, 8, 28672, 128256),
+)  # fmt: skip
+
 Tensor = tuple[str, tuple[int, ...], Quant]
 
 

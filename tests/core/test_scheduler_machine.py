@@ -1,13 +1,15 @@
-"""The whole scheduler under any sequence of events, with a little model of the engines behind it.
+"""The whole scheduler under any sequence of events, with a little model of the engines and devices behind it.
 
 The model performs effects as the runtime does: a Start runs until the engine reports, an Abort until it lets go, and
-what a lost replica was running may report late. What the scheduler's docstring promises is checked after each event.
+what a lost replica was running may report late; a Load brings a worker, an Unload ends it some time later, and the
+devices show what workers and other programs take of them. What the scheduler's docstring promises is checked after each
+event, and in the end that nobody waits for ever.
 """
 
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,7 +21,19 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from llama_orch.contract.models import Determinism, Priority, ReplicaState, TaskRequest, TaskState
 from llama_orch.core import placement
-from llama_orch.core.effects import Abort, Admitted, Ended, Forget, Load, Start
+from llama_orch.core.effects import (
+    Abort,
+    Admitted,
+    Condemn,
+    Dispose,
+    Effect,
+    Ended,
+    Forget,
+    Load,
+    Start,
+    Unload,
+)
+from llama_orch.core.ledger import RESERVE_BYTES
 from llama_orch.core.pool import Pool
 from llama_orch.core.prediction import ADVICE_MAX_MS, ADVICE_MIN_MS
 from llama_orch.core.queue import PRIORITIES
@@ -37,7 +51,15 @@ from llama_orch.errors import (
 )
 from llama_orch.testing.builders import DIGEST, GIB, Host, a_device, a_pool, a_scheduler, a_task, an_outcome, submit
 
-POOL_IDS = ("p", "q")
+POOL_IDS = ("p", "q", "r")
+DEVICE_IDS = ("3090", "3060")
+STAYS = [{"keep_alive_s": None}]
+GOES = [
+    {"keep_alive_s": 5.0, "is_on_demand": True},
+    {"keep_alive_s": 60.0, "is_on_demand": True},
+    {"keep_alive_s": 0.0, "is_on_demand": False},
+    {"keep_alive_s": 900.0, "is_on_demand": False},
+]
 
 POOLS = st.fixed_dictionaries(
     {
@@ -45,7 +67,10 @@ POOLS = st.fixed_dictionaries(
         "queue_capacity": st.sampled_from([4, 6, 2, 1, 0]),
         "full_policy": st.sampled_from(["reject", "drop-lru"]),
         "strict_needs_exclusive": st.sampled_from([True, True, False]),
-        "masks": st.sampled_from([[["3090"]], [["3090"], ["3060"]], [["3090", "3060"], ["3060"]]]),
+        "masks": st.sampled_from([[["3090"]], [["3090"], ["3060"]], [["3090", "3060"], ["3060"]], [["3060"]]]),
+        "model": st.sampled_from(["own", "own", "shared"]),
+        "need_gib": st.sampled_from([8, 11, 3, 20, None]),
+        "kind": st.sampled_from([*STAYS * 2, *GOES]),
     }
 )
 REQUESTS = st.fixed_dictionaries(
@@ -58,7 +83,9 @@ REQUESTS = st.fixed_dictionaries(
 )
 SECONDS = st.sampled_from([0.0, 0.001, 0.25, 0.5, 1.0, 5.0, 70.0])
 RARELY = st.sampled_from([False, False, False, True])
+OFTEN = st.sampled_from([True, True, False])
 PICK = st.integers(0, 1000)  # which of those that there are, modulo their number
+LOADING, SERVING, ENDING = "loading", "serving", "ending"
 
 
 @dataclass
@@ -74,63 +101,159 @@ class Life:
         return task.state, task.error, task.ended_s, task.tokens_in, task.tokens_out, task.outcome
 
 
+def a_pool_of(pool_id: str, fields: dict[str, Any], **more: Any) -> Pool:
+    fields = {**fields, **more}
+    kind = fields.pop("kind")
+    if fields["model"] == "own":
+        fields["model"] = f"model-{pool_id}"
+    return a_pool(pool_id, **fields, **kind)
+
+
+def seat(pools: list[Pool]) -> None:
+    """As the plan does it: what stays gets its room for good, the rest only has to fit an empty device."""
+    free = {device_id: a_device(device_id).vram_total_bytes - RESERVE_BYTES for device_id in DEVICE_IDS}
+    empty = dict(free)
+    for replica in [r for pool in pools for r in pool.replicas.values()]:
+        room = free if replica.is_pinned else empty
+        if any(need > room[d] for d, need in replica.need_bytes.items()):
+            replica.refuse("does not fit")
+        elif replica.is_pinned:
+            for device_id, need in replica.need_bytes.items():
+                free[device_id] -= need
+        else:
+            replica.state = ReplicaState.UNLOADED
+
+
 class SchedulerMachine(RuleBasedStateMachine):
     @initialize(
-        pools=st.lists(POOLS, min_size=1, max_size=2),
+        pools=st.lists(POOLS, min_size=1, max_size=3),
         retain_s=st.sampled_from([0.0, 2.0, 600.0]),
         is_ready=st.sampled_from([True, True, True, False]),
     )
     def begin(self, pools: list[dict[str, Any]], retain_s: float, is_ready: bool) -> None:
-        devices = [a_device("3090"), a_device("3060")]
-        host = Host(devices, [a_pool(name, **spec) for name, spec in zip(POOL_IDS, pools, strict=False)])
+        devices = [a_device(device_id) for device_id in DEVICE_IDS]
+        host = Host(devices, [a_pool_of(name, spec) for name, spec in zip(POOL_IDS, pools, strict=False)])
+        seat(host.pools)
         self.scheduler = a_scheduler(host, is_ready=is_ready, retain_s=retain_s)
         self.now = 0.0
         self.steps = 0
+        self.pools = list(host.pools)  # all that there ever were
         self.running: dict[str, str] = {}  # the engines' view: task -> replica, from Start to Abort
         self.aborting: dict[str, str] = {}  # from Abort to the engine's report
         self.late: set[str] = set()  # of lost replicas, still to report
         self.ids: list[str] = []  # all that were ever submitted
         self.lives: dict[str, Life] = {}
         self.counts: Counter[str] = Counter()
-        self.started: dict[tuple[str, Priority], list[int]] = {}
+        self.started: dict[tuple[int, Priority], list[int]] = {}
         self.tokens: Counter[str] = Counter()
+        self.workers: dict[str, str] = {}  # replica -> loading, serving, ending
+        self.used: dict[str, dict[str, int]] = {}  # replica -> what its worker takes of each device
+        self.others: Counter[str] = Counter()  # device -> bytes that other programs use
+        self.is_known = dict.fromkeys(DEVICE_IDS, True)  # that figure was seen while no worker came or went
+        self.problems: dict[str, tuple[str | None, bool]] = dict.fromkeys(DEVICE_IDS, (None, False))
+        self.disposed: set[str] = set()
+        for replica in self.scheduler.replicas.values():
+            if replica.state is ReplicaState.LOADING:
+                self.workers[replica.replica_id] = LOADING
+            elif replica.state is ReplicaState.READY:
+                self.workers[replica.replica_id] = SERVING
+                self.used[replica.replica_id] = dict(replica.need_bytes)
 
     # -- performing effects --------------------------------------------------------------------------------------------
 
     def perform(self) -> int:
         """Take the effects of one event, check their order, and do what the runtime would. Returns how many."""
-        effects = self.scheduler.take_effects()
-        for effect in effects:
-            match effect:
-                case Admitted(task_id):
-                    assert task_id not in self.lives, "an id is taken until it is forgotten"
-                    self.lives[task_id] = Life(self.scheduler.tasks[task_id])
-                    self.counts["admitted"] += 1
-                case Start(task_id):
-                    self.on_start(self.lives[task_id].task)
-                case Abort(task_id):
-                    self.on_abort(self.lives[task_id].task)
-                case Ended(task_id):
-                    self.on_ended(self.lives[task_id])
-                case Forget(task_id):
-                    self.on_forget(task_id)
-                case Load(replica_id):
-                    assert self.scheduler.replicas[replica_id].state is ReplicaState.LOADING
-                    assert not self.scheduler.is_draining, "nothing is started in a drain"
-            if not isinstance(effect, Load | Forget):
-                self.lives[effect.task_id].effects.append(type(effect).__name__)
+        effects = deque(self.scheduler.take_effects())
+        count, lost = 0, set()
+        while effects:
+            effect = effects.popleft()
+            count += 1
+            self.perform_one(effect)
+            if isinstance(effect, Condemn) and self.workers.get(effect.replica_id) == SERVING:
+                if self.scheduler.replicas[effect.replica_id].state is ReplicaState.READY:
+                    self.end_worker(effect.replica_id)
+                self.scheduler.replica_lost(effect.replica_id, effect.reason, self.now)
+                lost.add(effect.replica_id)
+                effects.extend(self.scheduler.take_effects())
+        self.forget_tasks_of(lost)
         for life in self.lives.values():
             self.check_life(life)
-        return len(effects)
+        return count
+
+    def perform_one(self, effect: Effect) -> None:
+        match effect:
+            case Admitted(task_id):
+                assert task_id not in self.lives, "an id is taken until it is forgotten"
+                self.lives[task_id] = Life(self.scheduler.tasks[task_id])
+                self.counts["admitted"] += 1
+            case Start(task_id):
+                self.on_start(self.lives[task_id].task)
+            case Abort(task_id):
+                self.on_abort(self.lives[task_id].task)
+            case Ended(task_id):
+                self.on_ended(self.lives[task_id])
+            case Forget(task_id):
+                self.on_forget(task_id)
+            case Load(replica_id):
+                self.on_load(self.scheduler.replicas[replica_id])
+            case Unload(replica_id, reason):
+                self.on_unload(self.scheduler.replicas[replica_id], reason)
+            case Condemn(replica_id):
+                assert any(self.problems[d][1] for d in self.scheduler.replicas[replica_id].device_ids)
+            case Dispose(replica_id):
+                assert replica_id not in self.scheduler.replicas
+                assert replica_id not in self.workers
+                self.disposed.add(replica_id)
+        if isinstance(effect, Admitted | Start | Abort | Ended):
+            self.lives[effect.task_id].effects.append(type(effect).__name__)
+        elif isinstance(effect, Load | Unload | Condemn):
+            assert effect.replica_id not in self.disposed, "nothing comes after the last"
+
+    def on_load(self, replica: Replica) -> None:
+        assert replica.state in (ReplicaState.LOADING, ReplicaState.UNLOADING)
+        assert replica.replica_id not in self.workers, "one life after the other"
+        assert not self.scheduler.is_draining, "nothing is started in a drain"
+        self.workers[replica.replica_id] = LOADING
+        self.used[replica.replica_id] = {}
+        there = (ReplicaState.READY, ReplicaState.LOADING, ReplicaState.UNLOADING)
+        for device_id in replica.need_bytes:
+            assert self.problems[device_id][0] is None, "nothing is started on a device that cannot be used"
+            holders = [r for r in self.scheduler.replicas.values() if r.state in there and r.is_launched]
+            held = sum(r.need_bytes.get(device_id, 0) for r in holders)
+            device = self.scheduler.devices[device_id]
+            assert held + RESERVE_BYTES + device.external_bytes <= device.vram_total_bytes, (
+                "there is room by the ledger"
+            )
+            if self.is_known[device_id]:
+                assert held + RESERVE_BYTES + self.others[device_id] <= device.vram_total_bytes, "there is room"
+
+    def on_unload(self, replica: Replica, reason: str) -> None:
+        assert replica.state is ReplicaState.UNLOADING
+        assert not replica.leases, "what has work is not unloaded"
+        assert replica.replica_id not in {**self.running, **self.aborting}.values()
+        assert self.workers[replica.replica_id] in (LOADING, SERVING)
+        assert reason in ("evicted", "idle", "drain", "reload")
+        assert not replica.is_pinned or reason in ("drain", "reload"), "what is to stay is not evicted"
+        self.workers[replica.replica_id] = ENDING
+
+    def end_worker(self, replica_id: str) -> None:
+        self.workers.pop(replica_id)
+        self.used.pop(replica_id, None)
+
+    def forget_tasks_of(self, lost: set[str]) -> None:
+        self.late |= {task_id for task_id, held_by in self.aborting.items() if held_by in lost}
+        self.aborting = {task_id: held_by for task_id, held_by in self.aborting.items() if held_by not in lost}
 
     def on_start(self, task: Task) -> None:
         assert self.lives[task.task_id].effects == ["Admitted"]
         assert task.replica_id is not None
         assert task.placement is not None
-        waiting = [self.scheduler.tasks[task_id] for task_id in self.scheduler.pools[task.pool_id].queue]
+        waiting = [self.scheduler.tasks[task_id] for task_id in task.pool.queue]
         assert all(self.rank(task) < self.rank(other) for other in waiting), "nobody is overtaken"
+        assert self.workers[task.replica_id] == SERVING
+        assert task.replica_id in task.pool.replicas, "a task runs on the model that it was admitted for"
         self.running[task.task_id] = task.replica_id
-        self.started.setdefault((task.pool_id, task.priority), []).append(task.number)
+        self.started.setdefault((self.pools.index(task.pool), task.priority), []).append(task.number)
 
     @staticmethod
     def rank(task: Task) -> tuple[int, int]:
@@ -248,15 +371,15 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert error.retry_after_ms is not None
         match error:
             case PoolUnavailable():
-                assert self.scheduler.is_draining or not pool.is_live
+                is_lost = self.scheduler.fleet.lost_devices(pool) is not None
+                assert self.scheduler.is_draining or pool.is_draining or not pool.is_live or is_lost
             case DeadlineUnmet():
                 assert request.deadline_ms is not None
             case AdmissionReject():
                 assert len(pool.queue) == pool.queue.capacity
                 assert self.victim(pool, request.priority) is None
             case PoolUnready():
-                assert not pool.is_ready
-                assert pool.queue.capacity == 0
+                assert pool.is_paused or (not pool.is_ready and pool.queue.capacity == 0)
             case _:
                 pytest.fail(f"unexpected refusal: {error!r}")
 
@@ -357,43 +480,145 @@ class SchedulerMachine(RuleBasedStateMachine):
     def in_state(self, *states: ReplicaState) -> list[Replica]:
         return [replica for replica in self.scheduler.replicas.values() if replica.state in states]
 
-    @precondition(lambda self: self.in_state(ReplicaState.LOADING))
-    @rule(count=st.integers(1, 4))
-    def replicas_get_ready(self, count: int) -> None:
-        for replica in self.in_state(ReplicaState.LOADING)[:count]:
-            self.scheduler.replica_ready(replica.replica_id, slots=replica.slots, model_digest=DIGEST, now=self.now)
-            self.perform()
+    def those(self, *phases: str) -> list[Replica]:
+        """Replicas whose worker is so far."""
+        return [self.scheduler.replicas[one] for one, phase in self.workers.items() if phase in phases]
 
-    @precondition(lambda self: self.in_state(ReplicaState.LOADING, ReplicaState.READY))
-    @rule(pick=PICK, is_it=RARELY)
-    def replica_lost(self, pick: int, is_it: bool) -> None:
+    @precondition(lambda self: self.those(LOADING))
+    @rule(count=st.integers(1, 4), share=st.sampled_from([1.0, 1.0, 0.8]))
+    def replicas_get_ready(self, count: int, share: float) -> None:
+        for replica in self.those(LOADING)[:count]:
+            if self.workers.get(replica.replica_id) == LOADING:  # it was not told to end for another one that came
+                self.comes(replica, share)
+
+    def comes(self, replica: Replica, share: float = 1.0) -> None:
+        self.workers[replica.replica_id] = SERVING
+        self.used[replica.replica_id] = {d: int(need * share) for d, need in replica.need_bytes.items()}
+        self.scheduler.fleet.measured(replica.replica_id, dict(self.used[replica.replica_id]))
+        self.scheduler.replica_ready(replica.replica_id, slots=replica.slots, model_digest=DIGEST, now=self.now)
+        self.perform()
+
+    @precondition(lambda self: self.those(ENDING))
+    @rule(count=st.integers(1, 4), is_seen=st.booleans())
+    def workers_end(self, count: int, is_seen: bool) -> None:
+        """The runtime looks at the devices before it reports that the memory is back."""
+        for replica in self.those(ENDING)[:count]:
+            self.used[replica.replica_id] = {}
+            if is_seen:
+                self.look(*DEVICE_IDS)
+            self.goes(replica)
+
+    def goes(self, replica: Replica) -> None:
+        self.end_worker(replica.replica_id)
+        self.scheduler.replica_unloaded(replica.replica_id, self.now)
+        self.perform()
+
+    @precondition(lambda self: self.those(LOADING, SERVING))
+    @rule(pick=PICK, is_it=RARELY, is_shortage=st.booleans())
+    def replica_lost(self, pick: int, is_it: bool, is_shortage: bool) -> None:
         if is_it:
-            alive = self.in_state(ReplicaState.LOADING, ReplicaState.READY)
-            self.lose(alive[pick % len(alive)])
+            alive = self.those(LOADING, SERVING)
+            self.lose(alive[pick % len(alive)], is_shortage=is_shortage)
 
-    def lose(self, replica: Replica) -> None:
+    def lose(self, replica: Replica, *, is_shortage: bool = False) -> None:
         replica_id = replica.replica_id
         others = {task_id for task_id, held_by in self.running.items() if held_by != replica_id}
-        self.scheduler.replica_lost(replica_id, "gone", self.now)
+        self.end_worker(replica_id)
+        self.scheduler.replica_lost(replica_id, "gone", self.now, is_shortage=is_shortage)
         self.perform()
-        assert set(self.running) == others, "nothing else is disturbed"
-        self.late |= {task_id for task_id, held_by in self.aborting.items() if held_by == replica_id}
-        self.aborting = {task_id: held_by for task_id, held_by in self.aborting.items() if held_by != replica_id}
+        assert set(self.running) >= others, "nothing else is disturbed"
+        assert replica_id not in self.running.values()
+        self.forget_tasks_of({replica_id})
 
-    @precondition(lambda self: self.in_state(ReplicaState.LOADING, ReplicaState.READY))
+    @precondition(lambda self: self.those(LOADING, SERVING))
     @rule(pick=PICK, is_it=RARELY)
     def replica_is_given_up(self, pick: int, is_it: bool) -> None:
         """Its losses in a row, all at once."""
-        alive = self.in_state(ReplicaState.LOADING, ReplicaState.READY)
+        alive = self.those(LOADING, SERVING)
         replica = alive[pick % len(alive)]
-        while is_it and replica.state in (ReplicaState.LOADING, ReplicaState.READY):
+        while is_it and self.workers.get(replica.replica_id) in (LOADING, SERVING):
             self.lose(replica)
             self.now = max(self.now, replica.retry_at_s or 0.0)
             self.tick()
 
-    @rule(device=st.sampled_from(["3090", "3060"]), gib=st.integers(0, 24))
-    def device_seen(self, device: str, gib: int) -> None:
-        self.scheduler.device_seen(device, gib * GIB)
+    # -- devices -------------------------------------------------------------------------------------------------------
+
+    def look(self, *device_ids: str) -> None:
+        for device_id in device_ids:
+            device = self.scheduler.devices[device_id]
+            used = sum(one.get(device_id, 0) for one in self.used.values())
+            problem, is_lost = self.problems[device_id]
+            free = device.vram_total_bytes - self.others[device_id] - used
+            assert free >= 0
+            self.scheduler.device_seen(device_id, free, self.now, problem, is_lost=is_lost)
+            holders = [r for r in self.scheduler.replicas.values() if device_id in r.device_ids and r.holds_memory]
+            if problem is None and all(r.state is ReplicaState.READY for r in holders):
+                self.is_known[device_id] = True
+                assert device.external_bytes == self.others[device_id]
+
+    @rule(device_id=st.sampled_from(DEVICE_IDS), gib=st.sampled_from([0, 1, 4, 10, 24]), is_seen=OFTEN)
+    def other_programs_take(self, device_id: str, gib: int, is_seen: bool) -> None:
+        """What nobody uses yet, be it that somebody is loading just now."""
+        used = sum(one.get(device_id, 0) for one in self.used.values())
+        self.others[device_id] = min(gib * GIB, self.scheduler.devices[device_id].vram_total_bytes - used)
+        self.is_known[device_id] = False
+        if is_seen:
+            self.look(device_id)
+            self.perform()
+
+    @rule()
+    def devices_are_seen(self) -> None:
+        self.look(*DEVICE_IDS)
+        self.perform()
+
+    @rule(device_id=st.sampled_from(DEVICE_IDS), is_lost=st.booleans(), seconds=st.sampled_from([None, 0.0, 5.0, 60.0]))
+    def device_breaks(self, device_id: str, is_lost: bool, seconds: float | None) -> None:
+        """The runtime looks at the devices, and lets time pass, before it performs what comes of both."""
+        if self.counts["broken"] < 2:
+            self.counts["broken"] += 1
+            self.problems[device_id] = ("fell off the bus", is_lost)
+            self.look(device_id)
+            if seconds is not None:
+                self.now += seconds
+                self.scheduler.tick(self.now)
+            self.perform()
+
+    @precondition(lambda self: any(problem for problem, _ in self.problems.values()))
+    @rule(device_id=st.sampled_from(DEVICE_IDS))
+    def device_returns(self, device_id: str) -> None:
+        self.problems[device_id] = (None, False)
+        self.look(device_id)
+        self.tick()
+
+    # -- pools ---------------------------------------------------------------------------------------------------------
+
+    @rule(pool=PICK)
+    def want(self, pool: int) -> None:
+        self.scheduler.want(self.pick_pool(pool), self.now)
+        self.perform()
+
+    @rule(pool=PICK, seconds=st.sampled_from([0.0, 1.0, 100.0]), is_it=RARELY)
+    def drain_pool(self, pool: int, seconds: float, is_it: bool) -> None:
+        if is_it:
+            self.scheduler.drain_pool(self.pick_pool(pool).spec.pool_id, self.now + seconds, self.now)
+            self.perform()
+
+    @rule(pick=PICK, fields=POOLS, model=st.sampled_from(["new", "newer"]))
+    def reload_pool(self, pick: int, fields: dict[str, Any], model: str) -> None:
+        old = self.pick_pool(pick)
+        pool_id = old.spec.pool_id
+        kind = {"keep_alive_s": old.spec.keep_alive_s, "is_on_demand": old.spec.is_on_demand}
+        new = a_pool_of(
+            pool_id, fields, model=model, kind=kind, first_number=100 * len(self.pools), state=ReplicaState.UNLOADED
+        )
+        if self.scheduler.is_draining or self.scheduler.rollouts.is_under_way(pool_id):
+            with pytest.raises(PoolUnavailable if self.scheduler.is_draining else Conflict):
+                self.scheduler.reload_pool(pool_id, new, self.now)
+            assert self.perform() == 0
+            return
+        self.pools.append(new)
+        self.scheduler.reload_pool(pool_id, new, self.now)
+        self.perform()
 
     # -- time ----------------------------------------------------------------------------------------------------------
 
@@ -408,7 +633,14 @@ class SchedulerMachine(RuleBasedStateMachine):
         due = self.scheduler.next_due()
         assert due is not None
         self.now = max(self.now, due)
-        assert self.tick() > 0, "nobody is woken for nothing"
+        if self.tick() == 0:
+            # Patience and residency may be over without anybody's being able to make room, and a device may be away
+            # still; but nobody is woken for that at once again.
+            retries = [r for r in self.scheduler.replicas.values() if r.state is ReplicaState.BACKOFF]
+            waits = [pool for pool in self.scheduler.fleet.every_pool() if pool.waiting_since_s is not None]
+            assert retries or waits, "nobody is woken for nothing"
+            due = self.scheduler.next_due()
+            assert due is None or due > self.now
 
     def tick(self) -> int:
         self.scheduler.tick(self.now)
@@ -427,18 +659,80 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.perform()
         assert set(self.running) == running, "what runs may finish"
 
+    def make_progress(self) -> bool:
+        """Whatever is under way comes to its end. False where nothing was."""
+        found = bool(self.running or self.aborting or self.workers.keys() - {r.replica_id for r in self.those(SERVING)})
+        for holders, says in ((self.running, "finished"), (self.aborting, "released")):
+            for task_id in list(holders):
+                if holders.pop(task_id, None) is not None:
+                    self.report(task_id, says)
+                    self.perform()
+        for replica in self.those(LOADING):
+            if self.workers.get(replica.replica_id) == LOADING:
+                self.comes(replica)
+        for replica in self.those(ENDING):
+            self.goes(replica)
+        return found
+
+    def play_on(self) -> None:
+        """Until all has ended, or nothing more will happen by itself."""
+        for _ in range(200):
+            if not self.make_progress():
+                due = self.scheduler.next_due()
+                if due is None or (self.scheduler.is_idle and not self.reloads()):
+                    return
+                self.now = max(self.now, due)
+                self.tick()
+
+    def reloads(self) -> list[str]:
+        return [pool_id for pool_id in self.scheduler.pools if self.scheduler.rollouts.is_under_way(pool_id)]
+
+    def could_be_loaded(self, pool: Pool) -> bool:
+        """By what the devices have to give besides what stays there."""
+        for replica in pool.replicas.values():
+            staying = [r for r in self.scheduler.replicas.values() if r.is_pinned and r is not replica]
+            taken = {
+                d: sum(r.need_bytes.get(d, 0) for r in staying if r.holds_memory or r.is_promised) for d in DEVICE_IDS
+            }
+            capacity_bytes = self.scheduler.fleet.ledger.capacity_bytes
+            if all(need + taken[d] <= capacity_bytes(d) for d, need in replica.need_bytes.items()):
+                return True
+        return False
+
+    def check_that_nobody_waits_for_ever(self) -> None:
+        if self.scheduler.is_draining:
+            return
+        self.play_on()  # with the devices as they are
+        for pool in self.scheduler.fleet.every_pool():
+            assert pool.is_idle or pool.why_not_loaded or pool.last_error, "who waits is told why"
+        for device_id in DEVICE_IDS:
+            self.problems[device_id], self.others[device_id] = (None, False), 0
+        self.look(*DEVICE_IDS)
+        self.tick()
+        self.play_on()
+        for pool in self.scheduler.fleet.every_pool():
+            assert pool.is_idle or not self.could_be_loaded(pool), "who waits gets a model in the end"
+        if self.scheduler.is_idle:
+            assert not self.reloads(), "a reload ends"
+            assert list(self.scheduler.fleet.every_pool()) == list(self.scheduler.pools.values())
+
     def teardown(self) -> None:
-        """However it went: once the engines are done, all has ended; once retention is over, all is forgotten."""
+        """However it went: nobody waits for ever; in a drain, once the engines are done, all has ended; once retention
+        is over, all is forgotten."""
         if not hasattr(self, "scheduler"):
             return
+        self.check_that_nobody_waits_for_ever()
         self.drain(True)
         for holders, says in ((self.running, "finished"), (self.aborting, "released")):
             while holders:
                 self.report(self.pop(holders, 0), says)
                 self.perform()
         assert self.scheduler.is_idle
-        for replica in self.in_state(ReplicaState.LOADING, ReplicaState.READY):
-            self.lose(replica)
+        for replica in self.those(LOADING, SERVING):
+            if self.workers.get(replica.replica_id) in (LOADING, SERVING):
+                self.lose(replica)
+        for replica in self.those(ENDING):
+            self.goes(replica)
         assert all(life.effects[-1] == "Ended" for life in self.lives.values())
         self.now += 1000.0
         self.tick()
@@ -449,7 +743,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     # -- what always holds ---------------------------------------------------------------------------------------------
 
     def check_pools(self, check: Callable[[Pool], None]) -> None:
-        for pool in self.scheduler.pools.values():
+        for pool in self.scheduler.fleet.every_pool():
             check(pool)
 
     @invariant()
@@ -461,7 +755,7 @@ class SchedulerMachine(RuleBasedStateMachine):
                 assert slot in range(replica.slots)
                 slots.setdefault(task_id, []).append(slot)
             assert not slots or replica.state is ReplicaState.READY
-            assert replica.slots == self.scheduler.pools[replica.pool_id].spec.slots
+            assert replica.slots == self.scheduler.fleet.owner(replica).spec.slots
             assert not held.keys() & slots.keys(), "no task is on two replicas"
             held |= {task_id: Lease(replica.replica_id, tuple(those)) for task_id, those in slots.items()}
         assert {task.task_id: task.lease for task in self.scheduler.tasks.values() if task.lease is not None} == held
@@ -470,7 +764,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         )
         for task_id, lease in held.items():
             task = self.scheduler.tasks[task_id]
-            needs_all = task.is_strict and self.scheduler.pools[task.pool_id].spec.strict_needs_exclusive
+            needs_all = task.is_strict and task.pool.spec.strict_needs_exclusive
             assert len(lease.slots) == (self.scheduler.replicas[lease.replica_id].slots if needs_all else 1)
 
     @invariant()
@@ -479,7 +773,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             queue = [self.scheduler.tasks[task_id] for task_id in pool.queue]
             assert len(queue) <= pool.queue.capacity
             assert queue == sorted(queue, key=self.rank)
-            everybody = [t for t in self.scheduler.tasks.values() if t.pool_id == pool.spec.pool_id]
+            everybody = [t for t in self.scheduler.tasks.values() if t.pool is pool]
             assert {t.task_id for t in everybody if t.state is TaskState.QUEUED} == set(pool.queue)
             assert not queue or (pool.is_live and not self.scheduler.is_draining)
 
@@ -505,7 +799,12 @@ class SchedulerMachine(RuleBasedStateMachine):
         def check(pool: Pool) -> None:
             if (head := pool.queue.head()) is not None:
                 exclusive = self.scheduler.tasks[head].is_strict and pool.spec.strict_needs_exclusive
-                assert not placement.candidates(pool.replicas.values(), self.scheduler.devices, exclusive=exclusive)
+                free_bytes = self.scheduler.fleet.ledger.scarcest_free_bytes
+                found = placement.candidates(pool.replicas.values(), free_bytes, exclusive=exclusive)
+                able = [one.replica for one in found]
+                # It may be held back for a faster one that is busy.
+                others = [r for r in pool.replicas.values() if r.state is ReplicaState.READY and r not in able]
+                assert not able or any(other.leases for other in others)
 
         self.check_pools(check)
 
@@ -520,7 +819,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert known in ([], starts), "all are known or none is"
             assert known == sorted(known)
             assert all(start >= 0 and math.isfinite(start) for start in known)
-            assert not known or pool.is_ready
+            assert not known or pool.is_coming
             advice = self.scheduler.predictor.advice_ms(pool, self.scheduler.tasks, self.now)
             assert ADVICE_MIN_MS <= advice <= ADVICE_MAX_MS
             for task_id, outlook in outlooks.items():
@@ -531,15 +830,45 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.check_chance(self.scheduler.tasks[task_id], None)
 
     def check_chance(self, task: Task, start_in_s: float | None) -> None:
-        chance = self.scheduler.predictor.on_time(task, start_in_s, self.now)
+        chance = self.scheduler.predictor.on_time(task.pool, task, start_in_s, self.now)
         assert chance is None or (task.deadline_s is not None and 0.0 <= chance <= 1.0)
 
     @invariant()
     def tokens_are_counted_once(self) -> None:
-        def check(pool: Pool) -> None:
-            assert pool.tokens_out == self.tokens[pool.spec.pool_id]
+        for pool_id, pool in self.scheduler.pools.items():
+            assert pool.tokens_out == self.tokens[pool_id]
 
-        self.check_pools(check)
+    @invariant()
+    def no_device_is_given_away_twice(self) -> None:
+        ledger = self.scheduler.fleet.ledger
+        for device_id in DEVICE_IDS:
+            held = sum(r.need_bytes.get(device_id, 0) for r in self.scheduler.replicas.values() if r.holds_memory)
+            assert held == ledger.held_bytes(device_id) <= ledger.capacity_bytes(device_id)
+
+    @invariant()
+    def workers_are_where_the_states_say(self) -> None:
+        expected = {LOADING: ReplicaState.LOADING, SERVING: ReplicaState.READY, ENDING: ReplicaState.UNLOADING}
+        has_worker = {one for one, phase in self.workers.items() if phase}
+        for replica_id, phase in self.workers.items():
+            assert self.scheduler.replicas[replica_id].state is expected[phase]
+        for replica in self.scheduler.replicas.values():
+            is_there = replica.state in expected.values() and replica.is_launched
+            assert is_there is (replica.replica_id in has_worker)
+            assert not replica.is_closing or replica.leases or replica.state is ReplicaState.UNLOADING
+            assert not replica.is_promised or not self.scheduler.is_draining
+
+    @invariant()
+    def a_pool_has_one_model_and_one_reload_at_most(self) -> None:
+        fleet = self.scheduler.fleet
+        known = [r for pool in fleet.every_pool() for r in pool.replicas.values()]
+        assert {r.replica_id: r for r in known} == self.scheduler.replicas
+        assert len(known) == len(self.scheduler.replicas)
+        for pool_id, pool in fleet.pools.items():
+            assert pool.spec.pool_id == pool_id
+            is_over = pool.last_reload is None or pool.last_reload.startswith(("done: ", "failed: "))
+            assert is_over is not self.scheduler.rollouts.is_under_way(pool_id)
+            assert is_over is (pool_id not in fleet.coming)
+            assert not pool.is_paused or not is_over
 
 
 SchedulerMachine.TestCase.settings = settings(
@@ -547,6 +876,7 @@ SchedulerMachine.TestCase.settings = settings(
 )
 
 
-@pytest.mark.spec("HP-ADM-1", "HP-ADM-2", "HP-ADM-3", "HP-ADM-5", "HP-ADM-8", "HP-DET-1", "HP-PLC-7", "HP-STR-1")
+@pytest.mark.spec("HP-ADM-1", "HP-ADM-2", "HP-ADM-3", "HP-ADM-5", "HP-ADM-8", "HP-DET-1", "HP-STR-1")
+@pytest.mark.spec("HP-PLC-4", "HP-PLC-5", "HP-PLC-7", "HP-PLC-8", "HP-CTL-2")
 class TestSchedulerMachine(SchedulerMachine.TestCase):
     """Any sequence of events keeps what the scheduler promises."""

@@ -1,5 +1,5 @@
-/* A stand-in for libnvidia-ml.so.1. It has the functions that devices/nvml.py calls, and takes the machine's state from
- * the text file that FAKE_NVML names, which it reads again at every call:
+/* A stand-in for libnvidia-ml.so.1. It has the functions that devices/nvml.py and benchmarks/cuda_split.py
+ * call, and takes the machine's state from the text file that FAKE_NVML names, which it reads again at every call:
  *
  *   driver <code>               nvmlInit and every other call answer this; 0: the driver is there
  *   card <uuid> <total MiB> <used MiB> <utilisation %> <code> <name>
@@ -152,6 +152,19 @@ int nvmlDeviceGetName(Handle *handle, char *to, unsigned size) {
     Card *card;
     int code = reach(handle, &card);
     return code ? code : text(to, size, card->name);
+}
+
+int nvmlSystemGetDriverVersion(char *to, unsigned size) {
+    int code = state();
+    return code ? code : text(to, size, "580.0");
+}
+
+int nvmlDeviceGetCudaComputeCapability(Handle *handle, int *major, int *minor) {
+    Card *card;
+    int code = reach(handle, &card);
+    if (code) return code;
+    *major = 8, *minor = 6;
+    return OK;
 }
 
 int nvmlDeviceGetMemoryInfo(Handle *handle, Memory *memory) {

@@ -89,17 +89,32 @@ def test_a_difference_that_is_far_from_the_forecast_is_somebody_elses(rise_gib: 
     assert differences.of("a", card.source, 4 * GIB) is None
 
 
-@pytest.mark.parametrize("other", ["loads", "ends"])
+@pytest.mark.parametrize("other", ["is loading", "loads", "was loaded", "ends"])
 def test_a_difference_in_which_others_had_a_part_says_nothing(other: str) -> None:
-    """Another replica began to load, or ended, on the same card meanwhile."""
+    """Another replica was being loaded on the same card when this one began, or began, came or went meanwhile."""
     card, differences = Card(), Differences()
+    if other in ("is loading", "was loaded"):
+        differences.begin("b", [card.source])
     differences.begin("a", [card.source])
     if other == "loads":
         differences.begin("b", [card.source])
-    else:
-        differences.changed(["gpu0"])
+    elif other == "was loaded":
+        differences.loaded("b", ["gpu0"])
+    elif other == "ends":
+        differences.end("b", ["gpu0"])
     card.used += 4 * GIB
     assert differences.of("a", card.source, 4 * GIB) is None
+
+
+def test_once_a_load_is_over_the_next_one_can_be_told() -> None:
+    """Whether it was measured or failed."""
+    card, differences = Card(), Differences()
+    for over in (differences.loaded, differences.end):
+        differences.begin("b", [card.source])
+        over("b", ["gpu0"])
+    differences.begin("a", [card.source])
+    card.used += 4 * GIB
+    assert differences.of("a", card.source, 4 * GIB) == 4 * GIB
 
 
 def test_a_process_tree_has_the_process_and_those_below_it() -> None:

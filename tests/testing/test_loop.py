@@ -82,6 +82,17 @@ def test_a_standstill_is_reported_with_those_who_wait() -> None:
         run(main())
 
 
+def test_going_in_circles_is_reported_too() -> None:
+    """A task that never lets time pass is a RuntimeError, and not a test that hangs."""
+
+    async def main() -> None:
+        while True:
+            await asyncio.sleep(0)
+
+    with pytest.raises(RuntimeError, match=r"livelock: .* turns at 0 s"):
+        run(main())
+
+
 def test_a_standstill_lets_tasks_clean_up() -> None:
     """Those who waited are canceled, as at the end of any run."""
     left: list[str] = []

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from llama_orch import __version__
-from llama_orch.cli import capabilities, config, pools, run, serve, tasks, token
+from llama_orch.cli import capabilities, config, pools, run, serve, simulate, tasks, token
 
 # Plain help: typer's decorated one loads rich first, and its decorated tracebacks show local values, so also tokens.
 app = typer.Typer(
@@ -48,6 +48,7 @@ app.add_typer(tasks.app, name="tasks")
 app.add_typer(pools.app, name="pools")
 app.command()(capabilities.capabilities)
 app.command()(token.token)
+app.command()(simulate.simulate)
 app.add_typer(config.app, name="config")
 
 

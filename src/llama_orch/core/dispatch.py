@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from llama_orch.contract.models import ReplicaState
 from llama_orch.core import placement
@@ -36,18 +36,19 @@ class Dispatcher:
         while (head := pool.queue.head()) is not None and self.place(pool, self._tasks[head], now):
             pool.queue.remove(head)
 
-    def place(self, pool: Pool, task: Task, now: float) -> bool:
-        """Start the task on the replica that suits it best, if there is one."""
+    def place(self, pool: Pool, task: Task, now: float, *, may_wait: bool = True) -> bool:
+        """Start the task on the replica that suits it best, if there is one. `may_wait`: it has a place in the queue,
+        so that it can be held back."""
         exclusive = task.is_strict and pool.spec.strict_needs_exclusive
         session_id = None if task.is_strict else task.request.session_id
         found = placement.candidates(
-            pool.replicas.values(),
+            [r for r in pool.replicas.values() if self._fleet.ledger.lost_device(r) is None],
             self._fleet.ledger.scarcest_free_bytes,
             exclusive=exclusive,
             warm_slot=lambda replica: self._affinity.slot_on(session_id, replica),
         )
-        chosen = placement.pick(found)
-        if chosen is None or self.is_held_back(pool, task, chosen, now):
+        chosen = self._choose(pool, task, found, now) or (None if may_wait else placement.pick(found))
+        if chosen is None:
             return False
         task.placement = placement.reasons(chosen, found)
         task.lease = chosen.replica.take(task.task_id, exclusive=exclusive, slot=chosen.warm_slot)
@@ -56,6 +57,13 @@ class Dispatcher:
         task.step(TaskEvent.START)
         self._emit(Start(task.task_id))
         return True
+
+    def _choose(self, pool: Pool, task: Task, found: Sequence[Candidate], now: float) -> Candidate | None:
+        """The best one on which the task need not be held back: the faster one may be free as well."""
+        left = list(found)
+        while (chosen := placement.pick(left)) is not None and self.is_held_back(pool, task, chosen, now):
+            left = [candidate for candidate in left if candidate is not chosen]
+        return chosen
 
     def is_held_back(self, pool: Pool, task: Task, chosen: Candidate, now: float) -> bool:
         """Whether the task is done sooner if it waits for a faster replica than the chosen one."""

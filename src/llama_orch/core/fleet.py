@@ -7,6 +7,7 @@ never unloaded; what leaves keeps its memory in the ledger until it was seen to 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 
 from llama_orch.contract.models import ReplicaState
@@ -22,8 +23,9 @@ from llama_orch.core.residency import Holder, Proposal
 PATIENCE_SWAPS = 4.0
 # An unmeasured load, by the size of what is loaded: a fast disk.
 LOAD_GUESS_S, LOAD_GUESS_BYTES_PER_S = 0.5, 1e9
-UNSOUND_RETRY_S = 5.0  # before a replica is tried again on a device that cannot be used
+NO_PLACE_RETRY_S = 5.0  # before a replica is tried again on a device that cannot be used, or has no room for it
 WANTED_S = 60.0  # a pool that somebody asked for is kept wanted for this long, until the request comes again
+HOPE_S = 60.0  # for room that nobody of ours can make: another program's, or a person's to give
 SHORTAGES_MAX = 1  # of memory, before a replica is given up
 SHORTAGE_GROWTH = 1.15  # of the predicted need, after a shortage
 QUARANTINE_S = 60.0  # of a model that was loaded on demand and failed; then a new task may have it tried again
@@ -91,14 +93,18 @@ class Fleet:
             return False
         for replica in self.replicas.values():
             if device_id in replica.device_ids and replica.state is ReplicaState.READY:
-                self._emit(Condemn(replica.replica_id, f"device {device_id} is lost: {problem}"))
+                self.condemn_if_lost(replica)
         return True
+
+    def condemn_if_lost(self, replica: Replica) -> None:
+        """A worker whose card is lost cannot be trusted, whatever it says of itself."""
+        if (device := self.ledger.lost_device(replica)) is not None:
+            self._emit(Condemn(replica.replica_id, f"device {device.device_id} is lost: {device.problem}"))
 
     def lost_devices(self, pool: Pool) -> str | None:
         """Why the pool cannot serve, where each replica that it has left is on a device that is lost."""
-        devices = self.ledger.devices
         left = [r for r in pool.replicas.values() if r.state not in (ReplicaState.FAILED, ReplicaState.STOPPED)]
-        gone = [next((devices[d] for d in r.device_ids if devices[d].is_lost), None) for r in left]
+        gone = [self.ledger.lost_device(replica) for replica in left]
         if not left or None in gone:
             return None
         return "; ".join(dict.fromkeys(f"device {d.device_id} is lost: {d.problem}" for d in gone if d is not None))
@@ -133,6 +139,8 @@ class Fleet:
             return
         self._settled_s = now
         self._see_off(now)
+        for pool in self.every_pool():
+            pool.why_not_loaded = None
         for pool in list(self.pools.values()):
             self._keep_pinned(pool, now)
         self._launch_promised(now)
@@ -146,16 +154,23 @@ class Fleet:
                 reason = replica.close_reason if replica.is_closing else self._why_unloaded(pool, replica, now)
                 if reason and not replica.leases:
                     self.unload(replica, reason)
-            if pool.is_draining and pool.spec.is_on_demand and not pool.is_loaded:
+            if pool.is_draining and pool.spec.is_on_demand and pool.is_idle and not pool.is_loaded:
                 pool.is_draining, pool.drain_until_s = False, None  # nothing is left of it: the next task begins anew
 
     def _why_unloaded(self, pool: Pool, replica: Replica, now: float) -> str | None:
         if pool.is_draining and pool.is_idle:
             return "drain"
-        keep_s = pool.spec.keep_alive_s
+        keep_s = self._keep_alive_s(pool)
         if keep_s is None or replica.state is not ReplicaState.READY or self.is_needed(pool, now):
             return None
         return "idle" if pool.is_idle and replica.last_used_s + keep_s <= now else None
+
+    def _keep_alive_s(self, pool: Pool) -> float | None:
+        """None where it is kept loaded: also while it waits for others of its kind to take an old model's place."""
+        return None if self._is_to_come(pool) else pool.spec.keep_alive_s
+
+    def _is_to_come(self, pool: Pool) -> bool:
+        return self.coming.get(pool.spec.pool_id) is pool
 
     def unload(self, replica: Replica, reason: str) -> None:
         """End a replica that has no work. Nothing where nothing is loaded."""
@@ -175,35 +190,34 @@ class Fleet:
 
     def _launch_promised(self, now: float) -> None:
         """Load who was promised room, once it is there. If nobody who is leaving can make it, others are asked to."""
-        for replica in list(self.replicas.values()):
-            if replica.state is not ReplicaState.LOADING or replica.is_launched:
+        for replica in sorted(self.replicas.values(), key=lambda r: r.promised_since_s or 0.0):
+            if not replica.is_promised:
                 continue
             if self.ledger.has_room(replica):
                 self.load(replica, now)
-            elif not any(self._is_leaving(other, replica) for other in self.replicas.values()):
-                self._ask_for_room(replica, now)
-
-    @staticmethod
-    def _is_leaving(other: Replica, newcomer: Replica) -> bool:
-        is_near = not set(other.device_ids).isdisjoint(newcomer.device_ids)
-        return is_near and (other.is_closing or other.state is ReplicaState.UNLOADING)
+            elif self.ledger.lacking_bytes(replica) or not self.ledger.is_sound(replica):
+                self._ask_for_room(replica, now)  # who is leaving does not make enough of it
 
     def _ask_for_room(self, replica: Replica, now: float) -> None:
-        """What is to stay loaded goes before what was loaded on demand. Anybody else is planned anew: the room went to
-        somebody that is not ours, perhaps."""
-        is_to_stay = replica.is_pinned and self.owner(replica) not in self.coming.values()
-        victims = self.room_makers(replica, now) if replica.is_pinned else None
+        """What is to stay loaded, or takes another model's place, goes before what was loaded on demand. Anybody else
+        is planned anew: the room went to somebody that is not ours, perhaps."""
+        pool = self.owner(replica)
+        is_first = replica.is_pinned or self._is_to_come(pool)
+        victims = self.room_makers(replica, now) if is_first and self.ledger.is_sound(replica) else None
         if victims:
             self._close(victims)
-        elif not is_to_stay:
+        elif replica.is_pinned and not self._is_to_come(pool):
+            pool.why_not_loaded = residency.shortage([replica], self.ledger)
+        else:
             replica.mark_unloaded()
 
     def room_makers(self, replica: Replica, now: float) -> tuple[Holder, ...] | None:
-        """Who would have to leave for a replica that is to stay loaded; None where that would not do."""
-        others = [self._holder(r, now) for r in self.replicas.values() if not r.is_pinned and r.holds_memory]
-        return residency.cheapest_victims(
-            replica, [one for one in others if not one.replica.is_closing], self.ledger, now
-        )
+        """Who would have to leave for a replica that goes first; None where that would not do. The model whose place it
+        takes is not asked: it leaves, if it has to, once it has done its work (see rollout.py)."""
+        own = (self.owner(replica), self.pools.get(replica.pool_id))
+        others = [r for r in self.replicas.values() if r.holds_memory and not r.is_pinned and not r.is_leaving]
+        holders = [self._holder(other, now) for other in others if self.owner(other) not in own]
+        return residency.cheapest_victims(replica, holders, self.ledger, now)
 
     def _close(self, victims: Sequence[Holder]) -> None:
         """They take no more tasks, and leave once they have none."""
@@ -221,14 +235,17 @@ class Fleet:
                 replica.mark_loading(now, is_launched=False)
 
     def is_needed(self, pool: Pool, now: float) -> bool:
-        return bool(len(pool.queue)) or (pool.wanted_until_s > now and not pool.is_paused)
+        is_open = not (pool.is_paused or pool.is_draining)
+        return bool(len(pool.queue)) or (pool.wanted_until_s > now and is_open)
 
     def _in_need(self, now: float) -> list[Pool]:
         """Pools that tasks wait for while nobody comes, who waits longest first; and those whose queue is long enough
         to be worth another replica."""
         for pool in self.every_pool():
-            is_waiting = self.is_needed(pool, now) and not pool.is_coming
-            pool.waiting_since_s = (pool.waiting_since_s or now) if is_waiting else None
+            if not self.is_needed(pool, now) or pool.is_coming:
+                pool.waiting_since_s = pool.hopeless_since_s = None
+            elif pool.waiting_since_s is None:
+                pool.waiting_since_s = now
         pools = [pool for pool in self.every_pool() if pool.waiting_since_s is not None or self._has_backlog(pool, now)]
         return sorted(pools, key=lambda pool: (pool.waiting_since_s is None, pool.waiting_since_s or 0.0))
 
@@ -249,9 +266,12 @@ class Fleet:
             return
         proposal = self._propose(pool, candidates, now)
         if proposal is None:
-            pool.why_not_loaded = residency.shortage(candidates, self.ledger)
+            if pool.waiting_since_s is not None:
+                pool.why_not_loaded = residency.shortage(candidates, self.ledger)
+                if not any(self.could_fit(replica) for replica in candidates):
+                    pool.hopeless_since_s = now if pool.hopeless_since_s is None else pool.hopeless_since_s
             return
-        pool.why_not_loaded = None
+        pool.hopeless_since_s = None
         self._close(proposal.victims)
         if self.ledger.has_room(proposal.replica):
             self.load(proposal.replica, now)
@@ -259,20 +279,41 @@ class Fleet:
             proposal.replica.mark_loading(now, is_launched=False)
 
     def _propose(self, pool: Pool, candidates: list[Replica], now: float) -> Proposal | None:
+        others_pools = [other for other in self.pools.values() if other is not pool]
+
         def blocks(replica: Replica) -> int:
-            return self._blocked_by(replica, pool)
+            return residency.blocked_by(replica, others_pools, self.ledger)
 
         ledger = self.ledger
         found = residency.pick(residency.proposals(candidates, (), ledger, blocks, now))
-        if found is not None or pool.waiting_since_s is None:  # a further replica is worth nobody's eviction
+        if pool.waiting_since_s is None:  # a further replica is worth nobody's eviction, and no wait
+            return found if found is not None and found.has_room else None
+        if found is not None:
             return found
         others = [self._holder(r, now) for r in self.replicas.values() if self.owner(r) is not pool]
-        for busy_too in (False, now - pool.waiting_since_s >= self.patience_s(candidates)):
-            able = [one for one in others if residency.may_leave(one, now, self._min_residency_s, busy_too=busy_too)]
+        patience_s = self.patience_s(candidates)
+        is_patient = pool.waiting_since_s + patience_s > now
+        for busy_after_s in (math.inf, math.inf if is_patient else patience_s):
+            able = [
+                one
+                for one in others
+                if residency.may_leave(one, now, idle_after_s=self._min_residency_s, busy_after_s=busy_after_s)
+            ]
             found = residency.pick(residency.proposals(candidates, able, ledger, blocks, now))
             if found is not None:
                 return found
         return None
+
+    @staticmethod
+    def is_given_up(pool: Pool, now: float) -> bool:
+        """Whether who waits for the pool's model has waited long enough for room that nobody of ours can make."""
+        return pool.hopeless_since_s is not None and pool.hopeless_since_s + HOPE_S <= now
+
+    def could_fit(self, replica: Replica) -> bool:
+        """Whether it would have room if all left that can be made to leave."""
+        return self.ledger.is_sound(replica) and all(
+            need <= self.ledger.contested_bytes(device_id) for device_id, need in replica.need_bytes.items()
+        )
 
     def _holder(self, replica: Replica, now: float) -> Holder:
         pool = self.owner(replica)
@@ -291,24 +332,6 @@ class Fleet:
         those have it at least (no thrashing)."""
         return max(self._min_residency_s, PATIENCE_SWAPS * min(self.reload_s(replica) for replica in candidates))
 
-    def _blocked_by(self, newcomer: Replica, pool: Pool) -> int:
-        """Models that fit only where the newcomer would be, and not beside it."""
-        count = 0
-        for other in self.pools.values():
-            if other is pool or other.is_loaded or not other.is_live:
-                continue
-            able = [r for r in other.replicas.values() if r.state is ReplicaState.UNLOADED]
-            places = {r.device_ids for r in able}
-            if places == {newcomer.device_ids} and not any(self._fit_together(r, newcomer) for r in able):
-                count += 1
-        return count
-
-    def _fit_together(self, one: Replica, other: Replica) -> bool:
-        return all(
-            one.need_bytes.get(d, 0) + other.need_bytes.get(d, 0) <= self.ledger.capacity_bytes(d)
-            for d in one.device_ids
-        )
-
     def ran_short(self, replica: Replica, reason: str, now: float) -> None:
         """A load found less memory than was thought. What stays loaded tries again in time; what was loaded on demand
         is planned anew with a larger need, once, and is then given up on these devices."""
@@ -316,7 +339,7 @@ class Fleet:
             replica.mark_lost(reason, now)
             return
         replica.mark_short(reason)
-        replica.need_bytes = {d: round(need * SHORTAGE_GROWTH) for d, need in replica.need_bytes.items()}
+        replica.need_more(SHORTAGE_GROWTH)
         is_hopeless = any(need > self.ledger.capacity_bytes(d) for d, need in replica.need_bytes.items())
         if replica.shortages > SHORTAGES_MAX or is_hopeless:
             replica.give_up(now)
@@ -331,17 +354,19 @@ class Fleet:
             pool = self.owner(replica)
             if not replica.is_pinned and not self.is_needed(pool, now):
                 replica.mark_unloaded()
-            elif not self.ledger.is_sound(replica):
-                replica.retry_at_s = now + UNSOUND_RETRY_S
-            else:
+            elif self.ledger.can_restart(replica):
                 self.load(replica, now)
+            elif replica.is_pinned:
+                replica.retry_at_s = now + NO_PLACE_RETRY_S
+            else:
+                replica.mark_homeless()
 
     def next_due(self) -> float | None:
         """When `tick` or `settle` has something to do that no event brings."""
         hard: list[float] = []
         soft: list[float] = []  # what `settle` has looked at by then is no reason to wake again
         for pool in self.every_pool():
-            keep_s = pool.spec.keep_alive_s
+            keep_s = self._keep_alive_s(pool)
             for replica in pool.replicas.values():
                 if replica.retry_at_s is not None:
                     hard.append(replica.retry_at_s)
@@ -356,9 +381,13 @@ class Fleet:
         candidates = [r for r in pool.replicas.values() if r.state is ReplicaState.UNLOADED]
         if not candidates or pool.waiting_since_s is None:
             return
-        yield pool.waiting_since_s + self.patience_s(candidates)
+        patience_s = self.patience_s(candidates)
+        yield pool.waiting_since_s + patience_s
+        if pool.hopeless_since_s is not None:
+            yield pool.hopeless_since_s + HOPE_S
         if not len(pool.queue):
             yield pool.wanted_until_s
         for replica in self.replicas.values():
             if replica.ready_since_s is not None and not replica.is_pinned:
                 yield replica.ready_since_s + self._min_residency_s
+                yield replica.ready_since_s + patience_s

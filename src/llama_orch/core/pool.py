@@ -50,7 +50,7 @@ class Pool:
     last_reload: str | None = None
     wanted_until_s: float = 0.0  # somebody asked for it who could not be queued yet
     waiting_since_s: float | None = None  # the first of those who wait, or who asked, without a replica that comes
-    created_s: float = 0.0
+    hopeless_since_s: float | None = None  # it waits for room that nobody who can be made to leave has
     tokens_in: int = 0
     tokens_out: int = 0
     why_not_loaded: str | None = field(default=None)

@@ -64,6 +64,15 @@ def without_devices(pool: Pool, lost: str) -> PoolUnavailable:
     )
 
 
+def without_room(pool: Pool) -> PoolUnavailable:
+    return PoolUnavailable(
+        f"pool {pool.spec.pool_id} has no room, and none that could be made ({pool.why_not_loaded}); free some memory, "
+        "or drain a pool that stays loaded",
+        engine=pool.spec.engine,
+        retry_after_ms=MENDING_MS,
+    )
+
+
 def unready(pool: Pool, wait_ms: int) -> PoolUnready:
     state = "is loading its model" if pool.last_error is None else f"starts again after: {pool.last_error}"
     state = state if pool.why_not_loaded is None else f"waits for room: {pool.why_not_loaded}"

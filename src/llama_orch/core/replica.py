@@ -93,6 +93,7 @@ class Replica:
     losses_in_a_row: int = 0
     has_served: bool = False  # since it was last unloaded
     shortages: int = 0  # of memory, in a row
+    need_before_shortages: Mapping[str, int] | None = None
     ready_since_s: float | None = None
     loading_since_s: float = 0.0
     promised_since_s: float | None = None  # others had to leave first
@@ -108,6 +109,16 @@ class Replica:
     @property
     def holds_memory(self) -> bool:
         return self.state in HOLDS_MEMORY and (self.state is not ReplicaState.LOADING or self.is_launched)
+
+    @property
+    def is_promised(self) -> bool:
+        """It is to be loaded once there is room."""
+        return self.state is ReplicaState.LOADING and not self.is_launched
+
+    @property
+    def is_leaving(self) -> bool:
+        """Its memory comes back without anybody's doing."""
+        return self.holds_memory and (self.is_closing or self.state is ReplicaState.UNLOADING)
 
     @property
     def is_coming(self) -> bool:
@@ -155,7 +166,7 @@ class Replica:
     def mark_ready(self, slots: int, now: float) -> None:
         self.step(ReplicaEvent.READY)
         self.slots, self.ready_since_s, self.last_used_s = slots, now, now
-        self.has_served, self.shortages = True, 0
+        self.has_served, self.shortages, self.need_before_shortages = True, 0, None
         self.slot_used_s.clear()
 
     def mark_lost(self, reason: str, now: float, *, may_restart: bool = True) -> None:
@@ -173,10 +184,24 @@ class Replica:
             self.retry_at_s = now + min(BACKOFF_MAX_S, BACKOFF_FIRST_S * 2 ** (self.losses_in_a_row - 1))
 
     def mark_short(self, reason: str) -> None:
-        """Its devices had less room than its load needed: back to where it can be planned anew."""
+        """Its devices had less room than it needed: back to where it can be planned anew."""
         self.shortages += 1
+        if self.state is ReplicaState.READY:
+            self.step(ReplicaEvent.LOSE)
         self._lose_worker(reason)
         self.step(ReplicaEvent.UNLOADED)
+        self.is_closing, self.close_reason = False, ""
+
+    def need_more(self, factor: float) -> None:
+        """What was predicted was too little; until a load tells what it takes, or the quarantine ends."""
+        if self.need_before_shortages is None:
+            self.need_before_shortages = self.need_bytes
+        self.need_bytes = {device_id: round(need * factor) for device_id, need in self.need_bytes.items()}
+
+    def mark_homeless(self) -> None:
+        """It cannot be started again where it was: it is planned anew, and its losses go on to count."""
+        self.step(ReplicaEvent.UNLOADED)
+        self._forget_worker()
 
     def mark_failed_load(self, reason: str, now: float) -> None:
         """It was to take another model's place and could not: it is not tried again."""
@@ -186,6 +211,7 @@ class Replica:
     def give_up(self, now: float) -> None:
         self.step(ReplicaEvent.GIVE_UP)
         self.retry_at_s, self.failed_at_s = None, now
+        self.is_closing, self.close_reason = False, ""
 
     def mark_unloading(self) -> None:
         self.step(ReplicaEvent.UNLOAD)
@@ -200,6 +226,8 @@ class Replica:
         """A new chance: the reason of the quarantine may be gone."""
         self.step(ReplicaEvent.REVIVE)
         self.losses_in_a_row, self.shortages, self.failed_at_s, self.last_error = 0, 0, None, None
+        if self.need_before_shortages is not None:  # it was another program's memory, perhaps
+            self.need_bytes, self.need_before_shortages = self.need_before_shortages, None
 
     def mark_stopped(self) -> None:
         """No restart will come: the service is ending, or the pool has another model."""

@@ -8,16 +8,17 @@ one that has only just come, and one that has work are left alone; the last only
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
 from llama_orch.contract.models import ReplicaState
 from llama_orch.core.ledger import Ledger
+from llama_orch.core.pool import Pool
 from llama_orch.core.replica import Replica
 
 REUSE_HALF_LIFE_S = 300.0  # of the chance that an idle model is asked for again
-SUBSETS_FROM_MAX = 10  # victims are sought among this many at most, the cheapest: 1,024 sets
+SUBSETS_FROM_MAX = 10  # every set of victims is looked at among this many, the cheapest: 1,024 sets
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,42 +44,67 @@ class Proposal:
     blocks: int  # models that fit only there and then would not fit any more
     cost: float
     free_bytes: int
+    has_room: bool  # now, and not only once those have left who are leaving
 
     @property
-    def rank(self) -> tuple[bool, int, float, int, str]:
-        """Nobody has to leave, room is kept for those who fit nowhere else, the cheapest leave, the freest device."""
-        return (bool(self.victims), self.blocks, self.cost, -self.free_bytes, self.replica.replica_id)
+    def rank(self) -> tuple[bool, bool, int, float, int, str]:
+        """Nobody has to leave, and has to be waited for; room is kept for those who fit nowhere else, the cheapest
+        leave, the freest device."""
+        return (
+            bool(self.victims),
+            not self.has_room,
+            self.blocks,
+            self.cost,
+            -self.free_bytes,
+            self.replica.replica_id,
+        )
 
 
-def may_leave(holder: Holder, now: float, min_residency_s: float, *, busy_too: bool) -> bool:
-    """Whether it may be asked to make room. One that is closing or leaving does so anyway."""
+def may_leave(holder: Holder, now: float, *, idle_after_s: float, busy_after_s: float) -> bool:
+    """Whether it may be asked to make room: for how long it must have served by then, idle or with work. One that is
+    closing or leaving does so anyway."""
     replica = holder.replica
-    if replica.is_pinned or replica.is_closing or (holder.is_busy and not busy_too):
+    if replica.is_pinned or replica.is_closing:
         return False
     if replica.state is ReplicaState.BACKOFF:
-        return True
+        return not holder.is_busy or busy_after_s < math.inf
     ready = replica.ready_since_s
-    return replica.state is ReplicaState.READY and ready is not None and now - ready >= min_residency_s
+    return (
+        replica.state is ReplicaState.READY
+        and ready is not None
+        and ready + (busy_after_s if holder.is_busy else idle_after_s) <= now
+    )
 
 
 def cheapest_victims(
     replica: Replica, holders: Sequence[Holder], ledger: Ledger, now: float
 ) -> tuple[Holder, ...] | None:
-    """Those whose memory, with what is free, makes room for the replica; None where even all of them do not."""
-    short = {
-        device_id: need - ledger.free_bytes(device_id, besides=replica)
-        for device_id, need in replica.need_bytes.items()
-    }
-    short = {device_id: missing for device_id, missing in short.items() if missing > 0}
-    able = [one for one in holders if short.keys() & one.replica.need_bytes.keys()]
-    able = sorted(able, key=lambda one: (one.cost(now), one.replica.last_used_s))[:SUBSETS_FROM_MAX]
+    """Those whose memory, with what is free or comes back anyway, makes room for the replica; None where even all of
+    them do not. The cheapest set, where few replicas are enough; else they are taken one by one, the cheapest first."""
+    lacking = ledger.lacking_bytes(replica)
+    able = [one for one in holders if lacking.keys() & one.replica.need_bytes.keys()]
+    able = sorted(able, key=lambda one: (one.cost(now), one.replica.last_used_s, one.replica.replica_id))
+    few = able[:SUBSETS_FROM_MAX]
     found = [
-        chosen
-        for count in range(len(able) + 1)
-        for chosen in combinations(able, count)
-        if all(sum(v.replica.need_bytes.get(d, 0) for v in chosen) >= missing for d, missing in short.items())
+        chosen for count in range(len(few) + 1) for chosen in combinations(few, count) if _make_up_for(chosen, lacking)
     ]
-    return min(found, key=lambda chosen: (sum(v.cost(now) for v in chosen), len(chosen)), default=None)
+    if found:
+        return min(found, key=lambda chosen: (sum(victim.cost(now) for victim in chosen), len(chosen)))
+    return _one_by_one(able, lacking)
+
+
+def _make_up_for(leaving: Sequence[Holder], lacking: Mapping[str, int]) -> bool:
+    return all(sum(v.replica.need_bytes.get(d, 0) for v in leaving) >= lack for d, lack in lacking.items())
+
+
+def _one_by_one(able: Sequence[Holder], lacking: Mapping[str, int]) -> tuple[Holder, ...] | None:
+    """All of them, less whom it does without: the dearest first."""
+    chosen = list(able)
+    for one in reversed(able):
+        rest = [other for other in chosen if other is not one]
+        if _make_up_for(rest, lacking):
+            chosen = rest
+    return tuple(chosen) if _make_up_for(chosen, lacking) else None
 
 
 def proposals(
@@ -96,8 +122,28 @@ def proposals(
         victims = cheapest_victims(replica, holders, ledger, now)
         if victims is not None:
             cost = sum(victim.cost(now) for victim in victims)
-            found.append(Proposal(replica, victims, blocks(replica), cost, ledger.scarcest_free_bytes(replica)))
+            free = ledger.scarcest_free_bytes(replica)
+            found.append(Proposal(replica, victims, blocks(replica), cost, free, ledger.has_room(replica)))
     return found
+
+
+def blocked_by(newcomer: Replica, pools: Iterable[Pool], ledger: Ledger) -> int:
+    """Models of these pools that fit only where the newcomer would be, and not beside it."""
+    count = 0
+    for pool in pools:
+        if pool.is_loaded or not pool.is_live:
+            continue
+        able = [r for r in pool.replicas.values() if r.state is ReplicaState.UNLOADED]
+        places = {replica.device_ids for replica in able}
+        if places == {newcomer.device_ids} and not any(_fit_together(r, newcomer, ledger) for r in able):
+            count += 1
+    return count
+
+
+def _fit_together(one: Replica, other: Replica, ledger: Ledger) -> bool:
+    return all(
+        one.need_bytes.get(d, 0) + other.need_bytes.get(d, 0) <= ledger.capacity_bytes(d) for d in one.device_ids
+    )
 
 
 def pick(found: Sequence[Proposal]) -> Proposal | None:

@@ -107,14 +107,14 @@ class Rollouts:
         if rollout.phase is Phase.IN_PLACE and not rollout.old.is_draining:
             _promise(rollout.old, now)
 
-    def settle(self, now: float) -> None:
-        """Take the steps that are due, and see off what has no work left."""
-        for rollout in list(self._by_pool.values()):
-            self._step(rollout, now)
+    def settle(self, now: float) -> bool:
+        """Take the steps that are due, and see off what has no work left. True where the fleet has to look again."""
+        have_stepped = [self._step(rollout, now) for rollout in list(self._by_pool.values())]
         for pool in list(self._fleet.retiring):
             self._see_off(pool)
+        return any(have_stepped)
 
-    def _step(self, rollout: Rollout, now: float) -> None:
+    def _step(self, rollout: Rollout, now: float) -> bool:
         old, new = rollout.old, rollout.new
         if rollout.phase is Phase.DRAINING and old.is_idle:
             rollout.phase = Phase.IN_PLACE
@@ -122,10 +122,11 @@ class Rollouts:
             for replica in old.replicas.values():
                 self._fleet.unload(replica, "reload")
             _promise(new, now)
-        elif rollout.phase is not Phase.DRAINING and any(
-            r.state is ReplicaState.UNLOADED for r in new.replicas.values()
-        ):
+            return True
+        if rollout.phase is not Phase.DRAINING and any(r.state is ReplicaState.UNLOADED for r in new.replicas.values()):
             self.failed(old.spec.pool_id, shortage(new.replicas.values(), self._fleet.ledger), now)
+            return True
+        return False
 
     def _see_off(self, pool: Pool) -> None:
         if not pool.is_idle:

@@ -141,7 +141,8 @@ class Scheduler:
         """Start at once when nobody is ahead and a slot is free; else queue."""
         self._table.add(task)
         self._emit(Admitted(task.task_id))
-        if pool.queue.has_ahead_of(task.priority) or not self._dispatcher.place(pool, task, now):
+        may_wait = len(pool.queue) < pool.queue.capacity
+        if pool.queue.has_ahead_of(task.priority) or not self._dispatcher.place(pool, task, now, may_wait=may_wait):
             try:
                 dropped = pool.queue.put(task.task_id, task.priority)
             except QueueFull:
@@ -160,9 +161,14 @@ class Scheduler:
             task.predicted_s = None if start_in_s is None else now + start_in_s
 
     def settle(self, now: float) -> None:
-        """See that who waits gets a replica, and that no model keeps memory that nobody needs."""
+        """See that who waits gets a replica, and that no model keeps memory that nobody needs. Then see whether anybody
+        is held back for a replica that is about to leave."""
         self.rollouts.settle(now)
         self.fleet.settle(now)
+        while self.rollouts.settle(now):
+            self.fleet.settle(now)
+        for pool in self.fleet.every_pool():
+            self._dispatcher.dispatch(pool, now)
 
     # -- ending ------------------------------------------------------------------------------------------------------
 
@@ -264,6 +270,7 @@ class Scheduler:
         replica.mark_ready(slots, now)
         pool.model_digest = model_digest
         self.rollouts.came(replica)
+        self.fleet.condemn_if_lost(replica)
         self._dispatcher.dispatch(pool, now)
         self.settle(now)
 
@@ -271,6 +278,8 @@ class Scheduler:
         """Its worker is gone. Its tasks end with WORKER_RESET and nothing else is disturbed (HP-PLC-7). `is_shortage`:
         it could not be loaded because its devices had less room than was thought."""
         replica = self.replicas[replica_id]
+        if not replica.is_launched or replica.state not in (ReplicaState.LOADING, ReplicaState.READY):
+            return  # it was told to end before this was reported: `replica_unloaded` comes
         pool = self.fleet.owner(replica)
         for task_id in dict.fromkeys(replica.leases.values()):
             task = self.tasks[task_id]
@@ -284,9 +293,15 @@ class Scheduler:
             self.fleet.ran_short(replica, reason, now)
         else:
             replica.mark_lost(reason, now, may_restart=not self.is_draining)
+        self._send_back_from(pool, now)
+        self.settle(now)
+
+    def _send_back_from(self, pool: Pool, now: float) -> None:
+        """Where nothing is left that could serve those who wait."""
         if not pool.is_live:
             self._end_all_of(pool, refusals.gone(pool), now)
-        self.settle(now)
+        elif (lost := self.fleet.lost_devices(pool)) is not None:
+            self._end_all_of(pool, refusals.without_devices(pool, lost), now)
 
     def replica_explained(self, replica_id: str, reason: str) -> None:
         """The true reason of a loss that was first seen from its effects, such as a connection that broke."""
@@ -306,8 +321,7 @@ class Scheduler:
         """What the device layer measured. Tasks whose pool has nothing but lost devices left are sent back."""
         if self.fleet.device_seen(device_id, vram_free_bytes, problem, is_lost=is_lost):
             for pool in self.fleet.every_pool():
-                if (lost := self.fleet.lost_devices(pool)) is not None:
-                    self._end_all_of(pool, refusals.without_devices(pool, lost), now)
+                self._send_back_from(pool, now)
 
     # -- pools -------------------------------------------------------------------------------------------------------
 
@@ -319,7 +333,7 @@ class Scheduler:
     def drain_pool(self, pool_id: str, deadline_s: float, now: float) -> None:
         """Take no new tasks for the pool; at the time `deadline_s` end what it still has; unload it."""
         pool = self.pool(pool_id)
-        pool.is_draining, pool.drain_until_s = True, deadline_s
+        pool.is_draining, pool.drain_until_s, pool.wanted_until_s = True, deadline_s, 0.0
         self.rollouts.failed(pool_id, "the pool was drained", now)
         self.tick(now)
 
@@ -361,6 +375,8 @@ class Scheduler:
             if pool.drain_until_s is not None and pool.drain_until_s <= now:
                 pool.drain_until_s = None
                 self._end_all_of(pool, refusals.drained(pool), now, running_too=True)
+            if self.fleet.is_given_up(pool, now):
+                self._end_all_of(pool, refusals.without_room(pool), now)
             self._dispatcher.dispatch(pool, now)
         if not self.is_draining:
             self.fleet.tick(now)
@@ -376,7 +392,8 @@ class Scheduler:
     def next_due(self) -> float | None:
         """When `tick` has something to do next."""
         due = self._table.next_due()
-        due += [pool.drain_until_s for pool in self.fleet.every_pool() if pool.drain_until_s is not None]
+        busy = [pool for pool in self.fleet.every_pool() if not pool.is_idle]
+        due += [pool.drain_until_s for pool in busy if pool.drain_until_s is not None]
         if not self.is_draining and (fleet_due := self.fleet.next_due()) is not None:
             due.append(fleet_due)
         return min(due, default=None)

@@ -104,6 +104,7 @@ class Keeper:
                 replica.replica_id, source, replica.need_bytes.get(source.device.device_id, 0)
             ),
         )
+        self._differences.loaded(replica.replica_id, replica.device_ids)
         calibration, predicted = self._builder.calibration, sum(replica.need_bytes.values())
         if calibration is not None and predicted and measured.keys() == set(replica.device_ids):
             key = calibration_key(digest, pool.spec.engine_version, pool.spec.ctx, replica.slots, mask[0])
@@ -120,7 +121,7 @@ class Keeper:
         now = self._clock.now()
         replica = self._scheduler.replicas[replica_id]
         pool = self._scheduler.fleet.owner(replica)
-        self._differences.changed(replica.device_ids)
+        self._differences.end(replica_id, replica.device_ids)
         self._scheduler.replica_lost(replica_id, reason, now, is_shortage=is_shortage)
         self._journal.replica_lost(replica, pool, reason, now)
         self._perform()
@@ -129,7 +130,7 @@ class Keeper:
     def _unloaded(self, replica_id: str) -> None:
         replica = self._scheduler.replicas.get(replica_id)
         if replica is not None:
-            self._differences.changed(replica.device_ids)
+            self._differences.end(replica_id, replica.device_ids)
             self._look_now()
             self._scheduler.replica_unloaded(replica_id, self._clock.now())
         self._perform()

@@ -31,21 +31,29 @@ class Differences:
 
     def __init__(self) -> None:
         self._changes: dict[str, int] = {}  # loads and ends on a device, counted
+        self._loading: dict[str, set[str]] = {}  # replicas, by device
         self._before: dict[tuple[str, str], tuple[int, int]] = {}  # replica, device -> changes, bytes in use
 
-    def changed(self, device_ids: Iterable[str]) -> None:
-        """A replica began to load there, or ended."""
-        for device_id in device_ids:
-            self._changes[device_id] = self._changes.get(device_id, 0) + 1
-
     def begin(self, replica_id: str, mask: Sequence[Source]) -> None:
-        """The replica begins to load."""
-        self.changed(source.device.device_id for source in mask)
+        """The replica begins to load. Beside another load on the device neither can be told from the other."""
         for source in mask:
-            used = source.read_used_bytes() if source.backend == "cuda" else None
+            device_id = source.device.device_id
+            self._change(device_id)
+            loading = self._loading.setdefault(device_id, set())
+            used = source.read_used_bytes() if source.backend == "cuda" and not loading else None
+            loading.add(replica_id)
             if used is not None:
-                device_id = source.device.device_id
                 self._before[replica_id, device_id] = self._changes[device_id], used
+
+    def end(self, replica_id: str, device_ids: Iterable[str]) -> None:
+        """The replica's worker is gone, or its load has failed."""
+        for device_id in device_ids:
+            self._change(device_id)
+            self._loading.get(device_id, set()).discard(replica_id)
+            self._before.pop((replica_id, device_id), None)
+
+    def _change(self, device_id: str) -> None:
+        self._changes[device_id] = self._changes.get(device_id, 0) + 1
 
     def of(self, replica_id: str, source: Source, predicted: int) -> int | None:
         """It has been loaded: what it took, as far as that can be told."""
@@ -56,6 +64,12 @@ class Differences:
             return None
         rise = used - before
         return rise if DIFFERENCE_MIN * predicted <= rise <= DIFFERENCE_MAX * predicted else None
+
+    def loaded(self, replica_id: str, device_ids: Iterable[str]) -> None:
+        """Its load is over, and what it took was asked for."""
+        for device_id in device_ids:
+            self._change(device_id)
+            self._loading.get(device_id, set()).discard(replica_id)
 
 
 def measured_bytes(

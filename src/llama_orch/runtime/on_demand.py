@@ -129,14 +129,19 @@ class Shelf:
         )
 
     def _empty(self) -> Room:
-        return empty_room([source.device for source in self._builder.sources.values()])
+        """What the devices have beside that which stays loaded, in which a model could be loaded some time."""
+        ledger = self._scheduler.fleet.ledger
+        return empty_room(list(ledger.devices.values())).beside(
+            {device_id: ledger.staying_bytes(device_id) for device_id in ledger.devices}
+        )
 
     def _make_room(self) -> None:
         """The list of pools is bounded: one that has not been used for the longest time goes, if it is not loaded."""
         ours = [pool for pool in self._scheduler.pools.values() if pool.spec.is_on_demand]
         if len(ours) < POOLS_MAX:
             return
-        idle = [pool for pool in ours if pool.is_idle and not pool.is_loaded]
+        coming = self._scheduler.fleet.coming
+        idle = [p for p in ours if p.is_idle and not p.is_loaded and p.spec.pool_id not in coming]
         if not idle:
             raise ReplicaExhausted(
                 f"{POOLS_MAX} models are loaded on demand, which is the limit; repeat later", retry_after_ms=10_000

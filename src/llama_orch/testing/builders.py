@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from llama_orch.contract.models import FinishReason, TaskRequest
+from llama_orch.contract.models import FinishReason, ReplicaState, TaskRequest
 from llama_orch.core.ledger import Device
 from llama_orch.core.pool import Pool, PoolSpec
 from llama_orch.core.queue import TaskQueue
@@ -74,11 +74,30 @@ def a_spec(**overrides: Any) -> PoolSpec:
     return PoolSpec(**{**fields, **overrides})
 
 
-def a_pool(pool_id: str = "default", *, masks: Sequence[Sequence[str]] = (("3090",),), **spec: Any) -> Pool:
-    """A pool with one replica, still loading, for each device mask: "default-0", "default-1" and so on."""
+def a_pool(
+    pool_id: str = "default",
+    *,
+    masks: Sequence[Sequence[str]] = (("3090",),),
+    need_gib: float | None = None,
+    state: ReplicaState = ReplicaState.LOADING,
+    first_number: int = 0,
+    **spec: Any,
+) -> Pool:
+    """A pool with one replica, still loading, for each device mask: "default-0", "default-1" and so on. Each takes
+    `need_gib`, shared by its devices; nobody knows how much without. With `keep_alive_s` they do not stay loaded."""
     fixed = a_spec(pool_id=pool_id, **spec)
-    replicas = [Replica(f"{pool_id}-{n}", pool_id, tuple(mask), fixed.slots) for n, mask in enumerate(masks)]
+    replicas = []
+    for n, mask in enumerate(masks, first_number):
+        need = {} if need_gib is None else dict.fromkeys(mask, int(need_gib * GIB / len(mask)))
+        is_pinned = fixed.keep_alive_s is None
+        replicas.append(Replica(f"{pool_id}-{n}", pool_id, tuple(mask), fixed.slots, state, need, is_pinned))
     return Pool(fixed, TaskQueue(fixed.queue_capacity, fixed.full_policy), {r.replica_id: r for r in replicas})
+
+
+def on_demand(pool_id: str, need_gib: float, *, keep_alive_s: float = 900.0, **fields: Any) -> Pool:
+    """A pool whose model is loaded when a task needs it."""
+    fields = {"model": f"model-{pool_id}", "state": ReplicaState.UNLOADED, "is_on_demand": True, **fields}
+    return a_pool(pool_id, need_gib=need_gib, keep_alive_s=keep_alive_s, **fields)
 
 
 def a_host(cards: str = "3090", **spec: Any) -> Host:
@@ -95,7 +114,7 @@ def a_scheduler(host: Host | None = None, *, retain_s: float = 600.0, is_ready: 
     host = a_host(**spec) if host is None else host
     scheduler = Scheduler(host.pools, host.devices, retain_s=retain_s)
     if is_ready:
-        for replica in scheduler.replicas.values():
+        for replica in [r for r in scheduler.replicas.values() if r.state is ReplicaState.LOADING]:
             scheduler.replica_ready(replica.replica_id, slots=replica.slots, model_digest=DIGEST, now=0.0)
     return scheduler
 

@@ -1,0 +1,1 @@
+"""The benchmarks, as far as they can be tried without what they measure."""
