@@ -71,9 +71,14 @@ class Shelf:
     def _may_be_named(self, reference: str) -> bool:
         kind, _, rest = reference.partition(":")
         if kind == "file":
-            path = Path(rest)
-            return path.is_absolute() and any(path.resolve().is_relative_to(root) for root in self._roots)
+            return self._is_below_a_root(Path(rest))
         return self._builder.library.is_open(reference)
+
+    def _is_below_a_root(self, path: Path) -> bool:
+        try:
+            return path.is_absolute() and any(path.resolve().is_relative_to(root) for root in self._roots)
+        except (OSError, RuntimeError, ValueError):  # a loop of links, or a name that no file can have
+            return False
 
     def _known(self, model: Model, request: TaskRequest) -> Pool | None:
         """A pool that has the same file under another name; it answers to this name from now on."""
