@@ -16,8 +16,8 @@ Devices = Annotated[
     typer.Option(
         "--devices",
         metavar="CARDS",
-        help="A host: cards separated by commas, such as 3090,3060, or name:24GB:936 (memory, GB/s) for one that is not "
-        "known. Give it twice to compare two hosts.",
+        help="A host: cards separated by commas, such as 3090,3060, or name:24GB:936 (memory, GB/s) for one that is "
+        "not known. Give it twice to compare two hosts.",
     ),
 ]
 LoadFile = Annotated[Path, typer.Option("--load", metavar="FILE", help="Models and agents, see below.")]
@@ -25,6 +25,9 @@ Png = Annotated[
     Path | None, typer.Option("--png", metavar="FILE", help="Draw the runs; needs the extra: llama-orch[plot].")
 ]
 Seed = Annotated[int, typer.Option("--seed", min=0, help="Of lengths and pauses; the same for every host.")]
+
+_CARD_COLUMNS = ("card", "memory", "busy", "tasks", "tokens/s", "loads", "loading", "evictions")
+_AGENT_COLUMNS = ("agent", "model", "done", "failed", "told to wait", "wait p50", "p95", "first token p50", "p95")
 
 
 @command
@@ -64,11 +67,9 @@ def simulate(devices: Devices, load: LoadFile, png: Png = None, as_json: Json = 
 def _print_host(host: dict[str, Any]) -> None:
     typer.echo(f"{host['devices']}: done after {_s(host['makespan_s'])}, lower bound {_s(host['lower_bound_s'])}")
     typer.echo("")
-    columns = ("card", "memory", "busy", "tasks", "tokens/s", "loads", "loading", "evictions")
-    print_table(columns, (_card_row(card) for card in host["cards"]))
+    print_table(_CARD_COLUMNS, (_card_row(card) for card in host["cards"]))
     typer.echo("")
-    columns = ("agent", "model", "done", "failed", "told to wait", "wait p50", "p95", "first token p50", "p95")
-    print_table(columns, (_agent_row(agent) for agent in host["agents"]))
+    print_table(_AGENT_COLUMNS, (_agent_row(agent) for agent in host["agents"]))
     for agent in host["agents"]:
         for problem in agent["problems"]:
             typer.echo(f"{agent['agent']}: {problem}")

@@ -321,8 +321,9 @@ class Fleet:
         return Holder(replica, is_busy, self.reload_s(replica))
 
     def reload_s(self, replica: Replica) -> float:
-        """What loading it takes: as measured, else by its size."""
-        known = self._predictor.load_s(self.owner(replica), replica)
+        """What loading it takes: as measured, there or elsewhere, else by its size."""
+        pool = self.owner(replica)
+        known = self._predictor.load_s(pool, replica) or self._predictor.load_anywhere_s(pool)
         if known is not None:
             return known
         return LOAD_GUESS_S + sum(replica.need_bytes.values()) / LOAD_GUESS_BYTES_PER_S

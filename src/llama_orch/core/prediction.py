@@ -100,6 +100,11 @@ class Predictor:
         average = self._model(pool).load_s.get(replica.device_ids)
         return None if average is None else average.mean
 
+    def load_anywhere_s(self, pool: Pool) -> float | None:
+        """The same on whatever device it was measured: most of a load is the reading of the file."""
+        means = [average.mean for average in self._model(pool).load_s.values()]
+        return sum(means) / len(means) if means else None
+
     def tokens_per_second(self, pool: Pool) -> float | None:
         model = self._model(pool)
         token_s = model.anywhere.token_s.mean

@@ -26,9 +26,10 @@ class TaskQueue:
         self.full_policy: FullPolicy = full_policy
         # OrderedDict and not dict: taking the head of a dict scans over all that was removed before it.
         self._lines: dict[Priority, OrderedDict[str, None]] = {priority: OrderedDict() for priority in PRIORITIES}
+        self._length = 0  # asked for at every turn of the scheduler
 
     def __len__(self) -> int:
-        return sum(len(line) for line in self._lines.values())
+        return self._length
 
     def __iter__(self) -> Iterator[str]:
         """Ids in the order of service."""
@@ -52,6 +53,7 @@ class TaskQueue:
         """Append; return the id that was dropped to make room, if any. Raises QueueFull."""
         dropped = self._make_room(priority)
         self._lines[priority][task_id] = None
+        self._length += 1
         return dropped
 
     def _make_room(self, newcomer: Priority) -> str | None:
@@ -60,6 +62,7 @@ class TaskQueue:
         victims = None if self.full_policy == "reject" else self._droppable(newcomer)
         if victims is None:
             raise QueueFull
+        self._length -= 1
         return self._lines[victims].popitem(last=False)[0]
 
     def _droppable(self, newcomer: Priority) -> Priority | None:
@@ -77,6 +80,7 @@ class TaskQueue:
         for line in self._lines.values():
             if task_id in line:
                 del line[task_id]
+                self._length -= 1
                 return True
         return False
 

@@ -1,10 +1,11 @@
 """A time that no scheduler can beat: what the cards could do at best, whoever decides.
 
-Each task is a fraction of a card's time, at the speed that the card reaches with all slots of its model busy. Spread over
-the cards in any parts, and with every used card loading one model first, the whole takes at least as long as the best
-such spread: the fractional relaxation of scheduling on unrelated machines, whose dual is evaluated here. For weights
-y >= 0 that add up to 1 the bound is the sum over the tasks of min over the cards of y x share, plus the sum of y x load.
-Every y gives a valid bound; the best of a search is taken. What one task and one agent's own chain take is a bound too.
+Each task is a fraction of a card's time, at the speed that the card reaches with all slots of its model busy. Spread
+over the cards in any parts, and with every used card loading one model first, the whole takes at least as long as the
+best such spread: the fractional relaxation of scheduling on unrelated machines, whose dual is evaluated here. For
+weights y >= 0 that add up to 1 the bound is the sum over the tasks of min over the cards of y x share, plus the sum of
+y x load. Every y gives a valid bound; the best of a search is taken. What one task and one agent's own chain take is a
+bound too.
 """
 
 from __future__ import annotations

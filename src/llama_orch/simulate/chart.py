@@ -93,8 +93,8 @@ def _draw_lanes(axes: Any, one: HostRun, colours: dict[str, str], end_s: float) 
     axes.axvline(figures.lower_bound_s, color="#333333", linewidth=1, linestyle=":")
     ratio = "" if figures.ratio is None else f", {figures.ratio:.2f} × the bound"
     axes.set_title(
-        f"{figures.devices}: done after {figures.makespan_s:,.0f} s (solid); lower bound {figures.lower_bound_s:,.0f} s "
-        f"(dotted){ratio}",
+        f"{figures.devices}: done after {figures.makespan_s:,.0f} s (solid); lower bound "
+        f"{figures.lower_bound_s:,.0f} s (dotted){ratio}",
         loc="left",
         fontsize=11,
     )

@@ -159,7 +159,7 @@ def percentile(values: Sequence[float], part: float) -> float | None:
     return sorted(values)[max(0, math.ceil(part * len(values)) - 1)] if values else None
 
 
-# -- the bound -----------------------------------------------------------------------------------------------------------
+# -- the bound -----------------------------------------------------------------------------------------------------
 
 
 def _bound(load: Load, cards: list[Card], copies: list[tuple[AgentLoad, list[Turn]]], pace: Pace) -> float:
