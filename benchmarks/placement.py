@@ -46,8 +46,8 @@ MODELS = (
 CTX = 4096
 
 
-def a_load(seed: int) -> Load:
-    """One to three models, 30 to 150 tasks of all lengths, seven in ten of them strict."""
+def a_load(seed: int, *, strict_share: float = 1.0) -> Load:
+    """One to three models, 30 to 150 tasks of all lengths."""
     dice = random.Random(f"placement:{seed}")
     models = [_model(one) for one in dice.sample(MODELS, dice.randint(1, 3))]
     agents = [
@@ -57,7 +57,7 @@ def a_load(seed: int) -> Load:
             tasks=1,
             prompt_tokens=dice.randint(100, 2000),
             answer_tokens=round(dice.lognormvariate(5.3, 0.7)) % 1500 + 20,
-            determinism=Determinism.STRICT if dice.random() < 0.7 else Determinism.BEST_EFFORT,
+            determinism=Determinism.STRICT if dice.random() < strict_share else Determinism.BEST_EFFORT,
         )
         for number in range(dice.randint(30, 150))
     ]

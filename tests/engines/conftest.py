@@ -11,8 +11,9 @@ import pytest
 import llama_orch
 
 # Real llama.cpp behind the flag names of the real binary: the release archives of llama-server are not on PyPI.
+# A load can be held up: while somebody has the lock of the file `<model>.gate`, it waits.
 _STAND_IN = """#!{python}
-import argparse, threading
+import argparse, fcntl, os, threading
 p = argparse.ArgumentParser()
 for name in ("model", "host", "api-key-file", "slot-save-path", "fit", "tensor-split"):
     p.add_argument("--" + name)
@@ -26,6 +27,9 @@ a = p.parse_args()
 if a.version:
     print("version: 11549 (64fbe0f)")
     raise SystemExit
+if os.path.exists(a.model + ".gate"):
+    with open(a.model + ".gate") as gate:
+        fcntl.flock(gate, fcntl.LOCK_SH)
 import xllamacpp
 c = xllamacpp.CommonParams()
 c.model.path, c.hostnames, c.api_keys = a.model, [a.host], [open(a.api_key_file).read().strip()]

@@ -34,10 +34,9 @@ def submit(client: httpx.Client, **body: Any) -> dict[str, Any]:
 
 def stream(client: httpx.Client, task_id: str, **headers: str) -> list[Seen]:
     """All frames until the last."""
-    answer = client.get(f"/v1/tasks/{task_id}/stream", headers=headers)
-    assert answer.status_code == 200, answer.text
-    # Comments only keep the connection alive.
-    return parse(b"".join(part + b"\n\n" for part in answer.content.split(b"\n\n")[:-1] if not part.startswith(b":")))
+    with client.stream("GET", f"/v1/tasks/{task_id}/stream", headers=headers) as answer:
+        assert answer.status_code == 200, answer.read()
+        return list(_frames(answer))
 
 
 def finish(client: httpx.Client, **body: Any) -> list[Seen]:
@@ -54,8 +53,11 @@ def live_frames(client: httpx.Client, task_id: str) -> Iterator[Iterator[Seen]]:
 
 
 def _frames(answer: httpx.Response) -> Iterator[Seen]:
+    """Comments keep the connection alive for as long as the task waits: the test does not wait that long."""
+    deadline = time.monotonic() + LIMIT_S
     held = b""
     for piece in answer.iter_bytes():
+        assert time.monotonic() < deadline, "the stream did not end in time"
         held += piece
         *whole, held = held.split(b"\n\n")
         for block in whole:

@@ -20,7 +20,14 @@ def resolve(reference: str) -> Path:
         return BUILTIN[rest]
     if kind != "file":
         raise ModelNotFound(f"{reference!r} is not served by this version; use builtin:tiny or file:PATH")
-    path = Path(rest).expanduser()
-    if not path.is_file():
-        raise ModelNotFound(f"{reference!r}: there is no such file")
-    return path.resolve()
+    try:
+        path = Path(rest).expanduser()
+        if path.is_file():
+            return path.resolve()
+    except (OSError, RuntimeError, ValueError) as error:  # a folder that is closed to us, a name that no file can have
+        raise ModelNotFound(f"{reference!r}: {_cause(error)}") from error
+    raise ModelNotFound(f"{reference!r}: there is no such file")
+
+
+def _cause(error: Exception) -> str:
+    return error.strerror if isinstance(error, OSError) and error.strerror else str(error)

@@ -10,6 +10,7 @@ import hashlib
 import re
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
+from itertools import chain, count
 from pathlib import Path
 
 from msgspec import structs
@@ -71,9 +72,14 @@ class Shelf:
     def _may_be_named(self, reference: str) -> bool:
         kind, _, rest = reference.partition(":")
         if kind == "file":
-            path = Path(rest)
-            return path.is_absolute() and any(path.resolve().is_relative_to(root) for root in self._roots)
+            return self._is_below_a_root(Path(rest))
         return self._builder.library.is_open(reference)
+
+    def _is_below_a_root(self, path: Path) -> bool:
+        try:
+            return path.is_absolute() and any(path.resolve().is_relative_to(root) for root in self._roots)
+        except (OSError, RuntimeError, ValueError):  # a loop of links, or a name that no file can have
+            return False
 
     def _known(self, model: Model, request: TaskRequest) -> Pool | None:
         """A pool that has the same file under another name; it answers to this name from now on."""
@@ -119,7 +125,7 @@ class Shelf:
     def _settings_for(self, engine: str, model: Model, ctx: int) -> PoolSettings:
         wanted = self._settings.on_demand
         return PoolSettings(
-            id=_pool_id(engine, model, ctx),
+            id=self._free_id(_pool_id(engine, model, ctx)),
             engine=engine,
             model=model.reference,
             slots=wanted.slots,
@@ -127,6 +133,11 @@ class Shelf:
             max_tokens=min(PoolSettings().max_tokens, ctx),
             keep_alive_ms=wanted.keep_alive_ms,
         )
+
+    def _free_id(self, wanted: str) -> str:
+        """Another model may have the id: the pool that had it first was reloaded."""
+        taken = {pool.spec.pool_id for pool in self._scheduler.fleet.every_pool()}
+        return next(one for one in chain([wanted], (f"{wanted}-{number}" for number in count(2))) if one not in taken)
 
     def _empty(self) -> Room:
         """What the devices have beside that which stays loaded, in which a model could be loaded some time."""

@@ -6,6 +6,7 @@ per slot, no automatic fitting. Flash attention stays automatic: it follows from
 
 from __future__ import annotations
 
+import ctypes
 from typing import Any
 
 from llama_orch.workers import lifeline
@@ -29,7 +30,11 @@ def main(line: lifeline.Lifeline) -> object:
     configuration = line.configuration
     if configuration["gpu"] and not _has_gpu(xllamacpp):
         raise RuntimeError("the installed xllamacpp has no GPU backend, or sees no GPU; install its CUDA wheel")
-    server = xllamacpp.Server(parameters(xllamacpp, configuration))
+    try:
+        server = xllamacpp.Server(parameters(xllamacpp, configuration))
+    except RuntimeError:
+        _flush_log(xllamacpp)
+        raise
     line.ready(engine_version=_version(xllamacpp), address=server.listening_address)
     return server
 
@@ -76,6 +81,17 @@ def parameters(xllamacpp: Any, configuration: dict[str, Any]) -> Any:
     for name, value in settings.items():
         setattr(params, name, value)
     return params
+
+
+def _flush_log(xllamacpp: Any) -> None:
+    """Let llama.cpp say why the load failed: it logs on a thread of its own, which would leave with this process."""
+    try:
+        library = ctypes.CDLL(xllamacpp.xllamacpp.__file__)
+        log, flush = library["_Z15common_log_mainv"], library["_Z16common_log_flushP10common_log"]
+    except (OSError, AttributeError):  # another build: then the reason may be lost
+        return
+    log.restype, flush.argtypes, flush.restype = ctypes.c_void_p, [ctypes.c_void_p], None
+    flush(log())
 
 
 def _has_gpu(xllamacpp: Any) -> bool:
