@@ -10,7 +10,18 @@ import httpx
 import pytest
 
 from tests.live.client import descendants, finish, open_client, stream, submit, until, workers
-from tests.live.models import ROOM_FOR_ONE, a_model, health, held_load, long_task, ref, reserved, simulated, states, task
+from tests.live.models import (
+    ROOM_FOR_ONE,
+    a_model,
+    health,
+    held_load,
+    long_task,
+    ref,
+    reserved,
+    simulated,
+    states,
+    task,
+)
 from tests.live_service import LiveService, live_service
 
 pytestmark = pytest.mark.xdist_group("drain and reload")

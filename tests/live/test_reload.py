@@ -33,9 +33,7 @@ pytestmark = pytest.mark.xdist_group("drain and reload")
 
 
 @contextmanager
-def serving(
-    model: Path, llama_server: Path, room: int, **pool: Any
-) -> Iterator[tuple[LiveService, httpx.Client]]:
+def serving(model: Path, llama_server: Path, room: int, **pool: Any) -> Iterator[tuple[LiveService, httpx.Client]]:
     """A pool `default` on this model, which serves, on a card with so much room."""
     settings = {
         "devices": simulated(card=room),
