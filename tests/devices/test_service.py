@@ -31,13 +31,15 @@ def _devices(client: httpx.Client) -> dict[str, dict[str, Any]]:
     return {device["id"]: device for device in client.get("/v1/capabilities").json()["devices"]}
 
 
-def _shown(card: FakeCard, device_id: str) -> dict[str, Any]:
+def _shown(card: FakeCard, device_id: str, reserved_bytes: int) -> dict[str, Any]:
     return {
         "id": device_id,
         "name": card.name,
         "backend": "cuda",
         "vram_total_bytes": card.total_mib * MIB,
-        "vram_free_bytes": card.free_bytes,
+        "vram_free_bytes": min(card.free_bytes, card.total_mib * MIB - reserved_bytes),
+        "vram_reserved_bytes": reserved_bytes,
+        "problem": None,
     }
 
 
@@ -54,25 +56,29 @@ def test_engines_without_cuda_serve_on_the_cpu(machine: FakeMachine) -> None:
 
 @pytest.mark.spec("HP-DIS-1", "HP-PLC-6")
 def test_capabilities_follow_the_cards(machine: FakeMachine) -> None:
-    """Both declared cards with totals and free bytes, as the driver says at that time; a lost one has nothing free."""
+    """Both declared cards with totals and free bytes, the lesser of what the driver and what the ledger has; a lost one
+    has nothing free, and a problem."""
     pools = [{"id": one, "engine": "simulated", "devices": [one]} for one in ("large", "small")]
     with (
         live_service({"devices": _declared(machine), "pools": pools}, env=machine.environment) as service,
         open_client(service) as client,
     ):
-        expected = {"large": _shown(machine.large, "large"), "small": _shown(machine.small, "small")}
-        assert _devices(client) == expected
+        reserved = {}
+        for pool in ("large", "small"):
+            (replica,) = client.get(f"/v1/pools/{pool}/health").json()["replicas"]
+            assert replica["devices"] == [pool]
+            reserved[pool] = replica["vram_reserved_bytes"]
+        cards = {"large": machine.large, "small": machine.small}
+        assert _devices(client) == {name: _shown(card, name, reserved[name]) for name, card in cards.items()}
         machine.small.used_mib += 8000
         machine.apply()
         until(lambda: _devices(client)["small"]["vram_free_bytes"] == machine.small.free_bytes)
         machine.large.code = LOST
         machine.apply()
-        until(lambda: _devices(client)["large"]["vram_free_bytes"] == 0)
-        assert _devices(client)["small"]["vram_free_bytes"] == machine.small.free_bytes
-        assert _devices(client)["large"]["vram_total_bytes"] == machine.large.total_mib * MIB
-        for pool in ("large", "small"):
-            replicas = client.get(f"/v1/pools/{pool}/health").json()["replicas"]
-            assert [replica["devices"] for replica in replicas] == [[pool]]
+        until(lambda: _devices(client)["large"]["problem"] == "GPU is lost")
+        large, small = _devices(client)["large"], _devices(client)["small"]
+        assert (large["vram_free_bytes"], large["vram_total_bytes"]) == (0, machine.large.total_mib * MIB)
+        assert (small["vram_free_bytes"], small["problem"]) == (machine.small.free_bytes, None)
 
 
 @pytest.mark.spec("HP-PLC-6")

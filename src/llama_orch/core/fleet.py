@@ -7,22 +7,18 @@ never unloaded; what leaves keeps its memory in the ledger until it was seen to 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 
 from llama_orch.contract.models import ReplicaState
 from llama_orch.core import residency
 from llama_orch.core.effects import Condemn, Dispose, Effect, Load, Unload
 from llama_orch.core.ledger import Device, Ledger
+from llama_orch.core.planner import Planner, loadable
 from llama_orch.core.pool import Pool
 from llama_orch.core.prediction import Predictor
 from llama_orch.core.replica import Replica
-from llama_orch.core.residency import Holder, Proposal
+from llama_orch.core.residency import Holder
 
-# How long who waits for room bears it that others, who have work, keep theirs: in swaps (an unload, a load).
-PATIENCE_SWAPS = 4.0
-# An unmeasured load, by the size of what is loaded: a fast disk.
-LOAD_GUESS_S, LOAD_GUESS_BYTES_PER_S = 0.5, 1e9
 NO_PLACE_RETRY_S = 5.0  # before a replica is tried again on a device that cannot be used, or has no room for it
 WANTED_S = 60.0  # a pool that somebody asked for is kept wanted for this long, until the request comes again
 HOPE_S = 60.0  # for room that nobody of ours can make: another program's, or a person's to give
@@ -49,10 +45,12 @@ class Fleet:
         self.ledger = Ledger(devices, self.replicas)
         self.is_ending = False
         self.coming: dict[str, Pool] = {}  # by id of the pool whose place they take: see rollout.py
-        self._predictor = predictor
         self._emit = emit
         self._min_residency_s = min_residency_s
         self._settled_s = 0.0
+        self.planner = Planner(
+            self.pools, self.replicas, self.ledger, predictor, self.owner, min_residency_s=min_residency_s
+        )
         self._owners: dict[str, Pool] = {r.replica_id: pool for pool in pools for r in pool.replicas.values()}
 
     def owner(self, replica: Replica) -> Pool:
@@ -82,6 +80,13 @@ class Fleet:
         """Forget a pool that is idle and unloaded."""
         del self.pools[pool.spec.pool_id]
         self.dispose(pool)
+
+    def end(self) -> None:
+        """The service ends: nothing is loaded any more."""
+        self.is_ending = True
+        for replica in self.replicas.values():
+            if replica.is_promised or replica.state in (ReplicaState.BACKOFF, ReplicaState.UNLOADED):
+                replica.mark_stopped()
 
     # -- what was seen -------------------------------------------------------------------------------------------------
 
@@ -146,6 +151,19 @@ class Fleet:
         self._launch_promised(now)
         for pool in self._in_need(now):
             self._provide(pool, now)
+        for pool in self.every_pool():
+            self._judge(pool, now)
+
+    def _judge(self, pool: Pool, now: float) -> None:
+        """Whether there is hope for those who wait."""
+        if not self.planner.is_hopeless(pool, now):
+            pool.hopeless_since_s = None
+            return
+        if pool.hopeless_since_s is None:
+            pool.hopeless_since_s = now
+        if pool.why_not_loaded is None:
+            left = [r for r in pool.replicas.values() if r.state not in (ReplicaState.FAILED, ReplicaState.STOPPED)]
+            pool.why_not_loaded = residency.shortage(left, self.ledger)
 
     def _see_off(self, now: float) -> None:
         """Unload who is closing and has no work, and whose time has come."""
@@ -161,7 +179,7 @@ class Fleet:
         if pool.is_draining and pool.is_idle:
             return "drain"
         keep_s = self._keep_alive_s(pool)
-        if keep_s is None or replica.state is not ReplicaState.READY or self.is_needed(pool, now):
+        if keep_s is None or replica.state is not ReplicaState.READY or self.planner.is_needed(pool, now):
             return None
         return "idle" if pool.is_idle and replica.last_used_s + keep_s <= now else None
 
@@ -181,12 +199,20 @@ class Fleet:
             replica.mark_unloaded()
 
     def load(self, replica: Replica, now: float) -> None:
-        """Start a replica for which there is room."""
+        """Start a replica for which there is room, with as many slots as there is room for."""
+        if replica.state is not ReplicaState.BACKOFF:
+            self._grow(replica)
         if replica.state is ReplicaState.LOADING:  # it was promised the room
             replica.is_launched, replica.loading_since_s = True, now
         else:
             replica.mark_loading(now)
         self._emit(Load(replica.replica_id))
+
+    def _grow(self, replica: Replica) -> None:
+        for slots in range(len(replica.sizes), 0, -1):
+            replica.resize(slots)
+            if self.ledger.has_room(replica):
+                return
 
     def _launch_promised(self, now: float) -> None:
         """Load who was promised room, once it is there. If nobody who is leaving can make it, others are asked to."""
@@ -203,21 +229,13 @@ class Fleet:
         is planned anew: the room went to somebody that is not ours, perhaps."""
         pool = self.owner(replica)
         is_first = replica.is_pinned or self._is_to_come(pool)
-        victims = self.room_makers(replica, now) if is_first and self.ledger.is_sound(replica) else None
+        victims = self.planner.room_makers(replica, now) if is_first and self.ledger.is_sound(replica) else None
         if victims:
             self._close(victims)
         elif replica.is_pinned and not self._is_to_come(pool):
             pool.why_not_loaded = residency.shortage([replica], self.ledger)
         else:
             replica.mark_unloaded()
-
-    def room_makers(self, replica: Replica, now: float) -> tuple[Holder, ...] | None:
-        """Who would have to leave for a replica that goes first; None where that would not do. The model whose place it
-        takes is not asked: it leaves, if it has to, once it has done its work (see rollout.py)."""
-        own = (self.owner(replica), self.pools.get(replica.pool_id))
-        others = [r for r in self.replicas.values() if r.holds_memory and not r.is_pinned and not r.is_leaving]
-        holders = [self._holder(other, now) for other in others if self.owner(other) not in own]
-        return residency.cheapest_victims(replica, holders, self.ledger, now)
 
     def _close(self, victims: Sequence[Holder]) -> None:
         """They take no more tasks, and leave once they have none."""
@@ -234,104 +252,39 @@ class Fleet:
             if replica.is_pinned and replica.state is ReplicaState.UNLOADED:
                 replica.mark_loading(now, is_launched=False)
 
-    def is_needed(self, pool: Pool, now: float) -> bool:
-        is_open = not (pool.is_paused or pool.is_draining)
-        return bool(len(pool.queue)) or (pool.wanted_until_s > now and is_open)
-
     def _in_need(self, now: float) -> list[Pool]:
         """Pools that tasks wait for while nobody comes, who waits longest first; and those whose queue is long enough
         to be worth another replica."""
         for pool in self.every_pool():
-            if not self.is_needed(pool, now) or pool.is_coming:
-                pool.waiting_since_s = pool.hopeless_since_s = None
+            if not self.planner.is_needed(pool, now) or pool.is_coming:
+                pool.waiting_since_s = None
             elif pool.waiting_since_s is None:
                 pool.waiting_since_s = now
-        pools = [pool for pool in self.every_pool() if pool.waiting_since_s is not None or self._has_backlog(pool, now)]
+        pools = [
+            pool for pool in self.every_pool() if pool.waiting_since_s is not None or self.planner.has_backlog(pool)
+        ]
         return sorted(pools, key=lambda pool: (pool.waiting_since_s is None, pool.waiting_since_s or 0.0))
-
-    def _has_backlog(self, pool: Pool, now: float) -> bool:
-        """Whether one more replica would be loaded before those that there are have worked off the queue."""
-        if not len(pool.queue) or any(r.state is ReplicaState.LOADING for r in pool.replicas.values()):
-            return False
-        spare = [r for r in pool.replicas.values() if r.state is ReplicaState.UNLOADED and not r.is_pinned]
-        if not spare:
-            return False
-        work_s = self._predictor.backlog_s(pool)
-        return work_s is not None and work_s > min(self.reload_s(replica) for replica in spare)
 
     def _provide(self, pool: Pool, now: float) -> None:
         """Load one replica of the pool, with as little disturbance as there can be."""
-        candidates = [r for r in pool.replicas.values() if r.state is ReplicaState.UNLOADED and not r.is_pinned]
+        candidates = loadable(pool)
         if not candidates:
             return
-        proposal = self._propose(pool, candidates, now)
+        proposal = self.planner.propose(pool, candidates, now)
         if proposal is None:
             if pool.waiting_since_s is not None:
                 pool.why_not_loaded = residency.shortage(candidates, self.ledger)
-                if not any(self.could_fit(replica) for replica in candidates):
-                    pool.hopeless_since_s = now if pool.hopeless_since_s is None else pool.hopeless_since_s
             return
-        pool.hopeless_since_s = None
         self._close(proposal.victims)
         if self.ledger.has_room(proposal.replica):
             self.load(proposal.replica, now)
         else:
             proposal.replica.mark_loading(now, is_launched=False)
 
-    def _propose(self, pool: Pool, candidates: list[Replica], now: float) -> Proposal | None:
-        others_pools = [other for other in self.pools.values() if other is not pool]
-
-        def blocks(replica: Replica) -> int:
-            return residency.blocked_by(replica, others_pools, self.ledger)
-
-        ledger = self.ledger
-        found = residency.pick(residency.proposals(candidates, (), ledger, blocks, now))
-        if pool.waiting_since_s is None:  # a further replica is worth nobody's eviction, and no wait
-            return found if found is not None and found.has_room else None
-        if found is not None:
-            return found
-        others = [self._holder(r, now) for r in self.replicas.values() if self.owner(r) is not pool]
-        patience_s = self.patience_s(candidates)
-        is_patient = pool.waiting_since_s + patience_s > now
-        for busy_after_s in (math.inf, math.inf if is_patient else patience_s):
-            able = [
-                one
-                for one in others
-                if residency.may_leave(one, now, idle_after_s=self._min_residency_s, busy_after_s=busy_after_s)
-            ]
-            found = residency.pick(residency.proposals(candidates, able, ledger, blocks, now))
-            if found is not None:
-                return found
-        return None
-
     @staticmethod
     def is_given_up(pool: Pool, now: float) -> bool:
         """Whether who waits for the pool's model has waited long enough for room that nobody of ours can make."""
         return pool.hopeless_since_s is not None and pool.hopeless_since_s + HOPE_S <= now
-
-    def could_fit(self, replica: Replica) -> bool:
-        """Whether it would have room if all left that can be made to leave."""
-        return self.ledger.is_sound(replica) and all(
-            need <= self.ledger.contested_bytes(device_id) for device_id, need in replica.need_bytes.items()
-        )
-
-    def _holder(self, replica: Replica, now: float) -> Holder:
-        pool = self.owner(replica)
-        is_busy = bool(replica.leases) or self.is_needed(pool, now)
-        return Holder(replica, is_busy, self.reload_s(replica))
-
-    def reload_s(self, replica: Replica) -> float:
-        """What loading it takes: as measured, there or elsewhere, else by its size."""
-        pool = self.owner(replica)
-        known = self._predictor.load_s(pool, replica) or self._predictor.load_anywhere_s(pool)
-        if known is not None:
-            return known
-        return LOAD_GUESS_S + sum(replica.need_bytes.values()) / LOAD_GUESS_BYTES_PER_S
-
-    def patience_s(self, candidates: Sequence[Replica]) -> float:
-        """How long who waits bears it that others keep their room because they have work (no starvation), and how long
-        those have it at least (no thrashing)."""
-        return max(self._min_residency_s, PATIENCE_SWAPS * min(self.reload_s(replica) for replica in candidates))
 
     def ran_short(self, replica: Replica, reason: str, now: float) -> None:
         """A load found less memory than was thought. What stays loaded tries again in time; what was loaded on demand
@@ -341,6 +294,7 @@ class Fleet:
             return
         replica.mark_short(reason)
         replica.need_more(SHORTAGE_GROWTH)
+        replica.shrink()
         is_hopeless = any(need > self.ledger.capacity_bytes(d) for d, need in replica.need_bytes.items())
         if replica.shortages > SHORTAGES_MAX or is_hopeless:
             replica.give_up(now)
@@ -353,7 +307,7 @@ class Fleet:
             if replica.retry_at_s is None or replica.retry_at_s > now:
                 continue
             pool = self.owner(replica)
-            if not replica.is_pinned and not self.is_needed(pool, now):
+            if not replica.is_pinned and not self.planner.is_needed(pool, now):
                 replica.mark_unloaded()
             elif self.ledger.can_restart(replica):
                 self.load(replica, now)
@@ -373,6 +327,8 @@ class Fleet:
                     hard.append(replica.retry_at_s)
                 if keep_s is not None and replica.state is ReplicaState.READY and pool.is_idle:
                     soft.append(max(replica.last_used_s + keep_s, pool.wanted_until_s))
+            if pool.hopeless_since_s is not None:
+                soft.append(pool.hopeless_since_s + HOPE_S)
             if pool.waiting_since_s is not None:
                 soft += self._due_of_a_wait(pool)
         return min([*hard, *(one for one in soft if one > self._settled_s)], default=None)
@@ -382,10 +338,8 @@ class Fleet:
         candidates = [r for r in pool.replicas.values() if r.state is ReplicaState.UNLOADED]
         if not candidates or pool.waiting_since_s is None:
             return
-        patience_s = self.patience_s(candidates)
+        patience_s = self.planner.patience_s(candidates)
         yield pool.waiting_since_s + patience_s
-        if pool.hopeless_since_s is not None:
-            yield pool.hopeless_since_s + HOPE_S
         if not len(pool.queue):
             yield pool.wanted_until_s
         for replica in self.replicas.values():

@@ -83,8 +83,10 @@ class Replica:
     slots: int
     state: ReplicaState = ReplicaState.LOADING
     need_bytes: Mapping[str, int] = field(default_factory=dict)
+    sizes: tuple[Mapping[str, int], ...] = ()  # what it would take with 1, 2, … slots; empty where `slots` is fixed
     is_pinned: bool = True  # it stays loaded: nobody may evict it
     is_launched: bool = True  # false while it is `loading` in name and waits for the room that others leave
+    is_lingering: bool = False  # it was lost, but its process is not gone yet
     is_closing: bool = False  # it takes no more tasks, and is unloaded once it holds none
     close_reason: str = ""
     leases: dict[int, str] = field(default_factory=dict)  # slot -> task id
@@ -93,7 +95,7 @@ class Replica:
     losses_in_a_row: int = 0
     has_served: bool = False  # since it was last unloaded
     shortages: int = 0  # of memory, in a row
-    need_before_shortages: Mapping[str, int] | None = None
+    need_factor: float = 1.0  # by which it took more than was predicted, as its shortages say
     ready_since_s: float | None = None
     loading_since_s: float = 0.0
     promised_since_s: float | None = None  # others had to leave first
@@ -108,7 +110,7 @@ class Replica:
 
     @property
     def holds_memory(self) -> bool:
-        return self.state in HOLDS_MEMORY and (self.state is not ReplicaState.LOADING or self.is_launched)
+        return self.is_lingering or (self.state in HOLDS_MEMORY and not self.is_promised)
 
     @property
     def is_promised(self) -> bool:
@@ -118,7 +120,8 @@ class Replica:
     @property
     def is_leaving(self) -> bool:
         """Its memory comes back without anybody's doing."""
-        return self.holds_memory and (self.is_closing or self.state is ReplicaState.UNLOADING)
+        is_on_its_way = self.is_closing or self.state is ReplicaState.UNLOADING or self.state not in HOLDS_MEMORY
+        return self.holds_memory and is_on_its_way
 
     @property
     def is_coming(self) -> bool:
@@ -166,7 +169,7 @@ class Replica:
     def mark_ready(self, slots: int, now: float) -> None:
         self.step(ReplicaEvent.READY)
         self.slots, self.ready_since_s, self.last_used_s = slots, now, now
-        self.has_served, self.shortages, self.need_before_shortages = True, 0, None
+        self.has_served, self.shortages = True, 0
         self.slot_used_s.clear()
 
     def mark_lost(self, reason: str, now: float, *, may_restart: bool = True) -> None:
@@ -192,16 +195,26 @@ class Replica:
         self.step(ReplicaEvent.UNLOADED)
         self.is_closing, self.close_reason = False, ""
 
+    def resize(self, slots: int) -> None:
+        """To be loaded with this many slots, at most as many as there are sizes for."""
+        self.slots = slots
+        self.need_bytes = {d: round(need * self.need_factor) for d, need in self.sizes[slots - 1].items()}
+
+    def shrink(self) -> None:
+        """Back to the least that it can be loaded with, which is what counts as long as it is not."""
+        if self.sizes:
+            self.resize(1)
+
     def need_more(self, factor: float) -> None:
-        """What was predicted was too little; until a load tells what it takes, or the quarantine ends."""
-        if self.need_before_shortages is None:
-            self.need_before_shortages = self.need_bytes
+        """What was predicted was too little; until the quarantine ends."""
+        self.need_factor *= factor
         self.need_bytes = {device_id: round(need * factor) for device_id, need in self.need_bytes.items()}
 
     def mark_homeless(self) -> None:
         """It cannot be started again where it was: it is planned anew, and its losses go on to count."""
         self.step(ReplicaEvent.UNLOADED)
         self._forget_worker()
+        self.shrink()
 
     def mark_failed_load(self, reason: str, now: float) -> None:
         """It was to take another model's place and could not: it is not tried again."""
@@ -221,13 +234,16 @@ class Replica:
         self.step(ReplicaEvent.UNLOADED)
         self._forget_worker()
         self.is_closing, self.close_reason, self.has_served, self.losses_in_a_row = False, "", False, 0
+        self.shrink()
 
     def revive(self) -> None:
         """A new chance: the reason of the quarantine may be gone."""
         self.step(ReplicaEvent.REVIVE)
         self.losses_in_a_row, self.shortages, self.failed_at_s, self.last_error = 0, 0, None, None
-        if self.need_before_shortages is not None:  # it was another program's memory, perhaps
-            self.need_bytes, self.need_before_shortages = self.need_before_shortages, None
+        if self.need_factor != 1.0:  # it was another program's memory, perhaps
+            self.need_bytes = {d: round(need / self.need_factor) for d, need in self.need_bytes.items()}
+            self.need_factor = 1.0
+        self.shrink()
 
     def mark_stopped(self) -> None:
         """No restart will come: the service is ending, or the pool has another model."""

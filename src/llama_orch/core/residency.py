@@ -42,18 +42,20 @@ class Proposal:
     replica: Replica
     victims: tuple[Holder, ...]
     blocks: int  # models that fit only there and then would not fit any more
+    crowd: int  # replicas with work that it would share its devices with
     cost: float
     free_bytes: int
     has_room: bool  # now, and not only once those have left who are leaving
 
     @property
-    def rank(self) -> tuple[bool, bool, int, float, int, str]:
-        """Nobody has to leave, and has to be waited for; room is kept for those who fit nowhere else, the cheapest
-        leave, the freest device."""
+    def rank(self) -> tuple[bool, bool, int, int, float, int, str]:
+        """Nobody has to leave, and has to be waited for; room is kept for those who fit nowhere else; an idle device,
+        which a working one would halve; the cheapest leave; the freest device."""
         return (
             bool(self.victims),
             not self.has_room,
             self.blocks,
+            self.crowd,
             self.cost,
             -self.free_bytes,
             self.replica.replica_id,
@@ -112,6 +114,7 @@ def proposals(
     holders: Sequence[Holder],
     ledger: Ledger,
     blocks: Callable[[Replica], int],
+    crowd: Callable[[Replica], int],
     now: float,
 ) -> list[Proposal]:
     """What could be done for a model that is needed, for each replica that it may have."""
@@ -123,7 +126,8 @@ def proposals(
         if victims is not None:
             cost = sum(victim.cost(now) for victim in victims)
             free = ledger.scarcest_free_bytes(replica)
-            found.append(Proposal(replica, victims, blocks(replica), cost, free, ledger.has_room(replica)))
+            others = crowd(replica) - sum(victim.is_busy for victim in victims)
+            found.append(Proposal(replica, victims, blocks(replica), others, cost, free, ledger.has_room(replica)))
     return found
 
 

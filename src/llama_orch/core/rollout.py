@@ -69,7 +69,9 @@ class Rollouts:
     def _has_room_beside(self, replica: Replica, now: float) -> bool:
         if self._fleet.ledger.has_room(replica):
             return True
-        leaving = self._fleet.room_makers(replica, now)
+        if not self._fleet.ledger.is_sound(replica):
+            return False
+        leaving = self._fleet.planner.room_makers(replica, now)
         return leaving is not None and not any(victim.is_busy for victim in leaving)
 
     def of(self, replica: Replica) -> Rollout | None:

@@ -177,7 +177,13 @@ class Builder:
             self._numbers[settings.id] = number + 1
             replica_id = f"{settings.id}-{number}"
             device_ids = tuple(source.device.device_id for source in seat.mask)
-            replica = Replica(replica_id, settings.id, device_ids, seat.slots, state, seat.need_bytes, is_pinned)
+            replica = Replica(
+                replica_id, settings.id, device_ids, seat.slots, state, seat.need_bytes, is_pinned=is_pinned
+            )
+            if settings.replicas == "auto" and not is_pinned:
+                # How many slots it gets is seen when it is loaded.
+                replica.sizes = tuple(self.need(draft, seat.mask, count) for count in range(1, seat.slots + 1))
+                replica.shrink()
             if seat.problem is not None:
                 replica.refuse(seat.problem)
             elif state is ReplicaState.LOADING and seat.mask[0].backend != "cuda":

@@ -55,7 +55,9 @@ class Keeper:
         self._devices_fresh_until = 0.0
         self._differences = Differences()
         replicas.listen(
-            Listener(self._ready, self._lost, scheduler.replica_explained, self._unloaded, self._memory_back)
+            Listener(
+                self._ready, self._lost, scheduler.replica_explained, self._unloaded, self._gone, self._memory_back
+            )
         )
 
     # -- effects -------------------------------------------------------------------------------------------------------
@@ -81,7 +83,9 @@ class Keeper:
                 self._replicas.discard(replica_id)
 
     def _load(self, replica_id: str) -> None:
-        self._differences.begin(replica_id, self._mask(self._scheduler.replicas[replica_id]))
+        replica = self._scheduler.replicas[replica_id]
+        self._replicas.resize(replica_id, replica.slots)
+        self._differences.begin(replica_id, self._mask(replica))
         self._spawn(self._replicas.live(replica_id), f"replica {replica_id}")
 
     # -- what becomes of workers ---------------------------------------------------------------------------------------
@@ -123,7 +127,7 @@ class Keeper:
         replica = self._scheduler.replicas[replica_id]
         pool = self._scheduler.fleet.owner(replica)
         self._differences.end(replica_id, replica.device_ids)
-        self._scheduler.replica_lost(replica_id, reason, now, is_shortage=is_shortage)
+        self._scheduler.replica_lost(replica_id, reason, now, is_shortage=is_shortage, is_gone=False)
         self._journal.replica_lost(replica, pool, reason, now)
         self._perform()
         self._wake()
@@ -134,6 +138,12 @@ class Keeper:
             self._differences.end(replica_id, replica.device_ids)
             self._look_now()
             self._scheduler.replica_unloaded(replica_id, self._clock.now())
+        self._perform()
+        self._wake()
+
+    def _gone(self, replica_id: str) -> None:
+        self._look_now()
+        self._scheduler.replica_gone(replica_id, self._clock.now())
         self._perform()
         self._wake()
 

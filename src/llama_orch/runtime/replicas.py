@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Coroutine
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ class Listener:
     lost: Callable[[str, str, bool], None]  # replica id, reason, whether its devices lacked memory
     explained: Callable[[str, str], None]  # replica id, the true reason of a loss that was reported before
     unloaded: Callable[[str], None]  # replica id: its worker is gone as it was told
+    gone: Callable[[str], None]  # replica id: the process of a lost worker has ended
     memory_back: Callable[[str], Awaitable[None]]  # waits until a replica's memory was seen to return
 
 
@@ -62,6 +63,11 @@ class Replicas:
     def add(self, specs: dict[str, tuple[Engine, ReplicaSpec]]) -> None:
         """More replicas, which nothing is known of yet."""
         self._specs |= specs
+
+    def resize(self, replica_id: str, slots: int) -> None:
+        """Its next life has this many slots."""
+        engine, spec = self._specs[replica_id]
+        self._specs[replica_id] = (engine, replace(spec, slots=slots))
 
     def discard(self, replica_id: str) -> None:
         """It will not be loaded again. A life that is ending ends."""
@@ -133,6 +139,8 @@ class Replicas:
                 await self._stop(replica_id, worker)
         if told.done():
             self._heard().unloaded(replica_id)
+        else:
+            self._heard().gone(replica_id)
 
     async def _stop(self, replica_id: str, worker: Worker) -> None:
         try:

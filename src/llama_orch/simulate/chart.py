@@ -38,7 +38,7 @@ def draw(runs: Sequence[HostRun], path: Path) -> None:
     colours = {model: COLOURS[number % len(COLOURS)] for number, model in enumerate(models)}
     end_s = max(one.figures.makespan_s for one in runs)
     for number, one in enumerate(runs):
-        _draw_lanes(axes[2 * number][0], one, colours, end_s)
+        _draw_lanes(axes[2 * number][0], one, colours)
         _draw_queue(axes[2 * number + 1][0], one)
     last = axes[-1][0]
     last.set_xlabel("seconds")
@@ -47,26 +47,30 @@ def draw(runs: Sequence[HostRun], path: Path) -> None:
     figure.savefig(path, format="png")
 
 
-def pack(spans: Sequence[Span], device_id: str) -> list[tuple[Span, int, int]]:
-    """Each span of the device with its first lane and the number of lanes that it takes: the lowest that are free. A
-    load is as thin as a slot."""
-    free_at: list[float] = []
-    placed = []
-    for span in sorted((s for s in spans if device_id in s.devices), key=lambda s: (s.start_s, s.kind)):
-        width = max(1, span.slots)
-        lane = 0
-        while any(at > span.start_s + 1e-9 for at in free_at[lane : lane + width]):
-            lane += 1
-        free_at += [0.0] * (lane + width - len(free_at))
-        free_at[lane : lane + width] = [span.end_s or span.start_s] * width
-        placed.append((span, lane, width))
+def pack(spans: Sequence[Span], device_id: str, models: Sequence[str]) -> list[tuple[Span, int, int]]:
+    """Each span of the device with its first lane and the number of lanes that it takes: the lowest that are free in
+    its model's own band. A load is as thin as a slot."""
+    placed: list[tuple[Span, int, int]] = []
+    floor = 0
+    for model in models:
+        here = [span for span in spans if device_id in span.devices and span.model == model]
+        free_at: list[float] = []
+        for span in sorted(here, key=lambda s: (s.start_s, s.kind)):
+            width = max(1, span.slots)
+            lane = 0
+            while any(at > span.start_s + 1e-9 for at in free_at[lane : lane + width]):
+                lane += 1
+            free_at += [0.0] * (lane + width - len(free_at))
+            free_at[lane : lane + width] = [span.end_s or span.start_s] * width
+            placed.append((span, floor + lane, width))
+        floor += len(free_at)
     return placed
 
 
 def _packed(one: HostRun) -> list[tuple[str, list[tuple[Span, int, int]], int]]:
     cards = []
     for figures in one.figures.cards:
-        placed = pack(one.spans, figures.card)
+        placed = pack(one.spans, figures.card, one.models)
         cards.append((figures.card, placed, max([lane + width for _, lane, width in placed], default=1)))
     return cards
 
@@ -75,7 +79,7 @@ def _lanes_inches(one: HostRun) -> float:
     return sum(max(4, lanes) * LANE_INCHES + CARD_GAP * LANE_INCHES for _, _, lanes in _packed(one))
 
 
-def _draw_lanes(axes: Any, one: HostRun, colours: dict[str, str], end_s: float) -> None:
+def _draw_lanes(axes: Any, one: HostRun, colours: dict[str, str]) -> None:
     figures = one.figures
     top, marks, labels = 0.0, [], []
     for card, (name, placed, lanes) in zip(figures.cards, _packed(one), strict=True):
@@ -129,4 +133,5 @@ def _legend(figure: Any, colours: dict[str, str]) -> None:
 
     handles = [Patch(facecolor=colour, label=model) for model, colour in colours.items()]
     handles.append(Patch(facecolor="white", edgecolor="#555555", hatch="////", label="loading"))
+    handles.append(Patch(facecolor="none", edgecolor="none", label="a bar over several lanes: a strict task, alone"))
     figure.legend(handles=handles, loc="outside upper right", ncols=len(handles), frameon=False, fontsize=10)

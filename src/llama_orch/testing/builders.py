@@ -90,7 +90,7 @@ def a_pool(
     for n, mask in enumerate(masks, first_number):
         need = {} if need_gib is None else dict.fromkeys(mask, int(need_gib * GIB / len(mask)))
         is_pinned = fixed.keep_alive_s is None
-        replicas.append(Replica(f"{pool_id}-{n}", pool_id, tuple(mask), fixed.slots, state, need, is_pinned))
+        replicas.append(Replica(f"{pool_id}-{n}", pool_id, tuple(mask), fixed.slots, state, need, is_pinned=is_pinned))
     return Pool(fixed, TaskQueue(fixed.queue_capacity, fixed.full_policy), {r.replica_id: r for r in replicas})
 
 

@@ -149,7 +149,9 @@ class Checker:
             return self.expect(isinstance(effect, Dispose), f"{kind} of {replica_id}, which does not exist")
         match effect:
             case Load():
-                self.expect(replica.state is ReplicaState.LOADING, f"{replica_id} is to be loaded, but {replica.state}")
+                # Or it was told to end in the same breath: its card was lost, say.
+                is_fine = replica.state in (ReplicaState.LOADING, ReplicaState.UNLOADING)
+                self.expect(is_fine, f"{replica_id} is to be loaded, but {replica.state}")
                 self.expect(not self._scheduler.is_draining, f"{replica_id} is to be loaded while the service ends")
             case Unload():
                 # What is unloaded at once may be told with the next event's effects; work it has none in any case.
@@ -249,7 +251,8 @@ class Checker:
             self.expect(used <= total, f"{device_id} is oversold: workers hold {used} of {total} bytes")
             ledger = self._scheduler.fleet.ledger
             held, room = ledger.held_bytes(device_id), ledger.capacity_bytes(device_id)
-            self.expect(held <= room, f"{device_id} is oversold: the ledger gave {held} of {room} bytes")
+            if device.backend != "cuda":  # there the ledger has what was measured, others' doings included
+                self.expect(held <= room, f"{device_id} is oversold: the ledger gave {held} of {room} bytes")
 
     # -- the end -------------------------------------------------------------------------------------------------------
 
