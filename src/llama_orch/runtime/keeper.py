@@ -23,6 +23,7 @@ from llama_orch.runtime.replicas import Listener, Replicas
 log = logging.getLogger("llama_orch.keeper")
 
 DEVICES_FRESH_S = 0.25
+CARDS_LOOK_S = 5.0  # at cards, while nothing happens: one gets lost without a sound
 # Drivers give memory back some time after its process has ended (0.5 to 1.5 s were seen by others).
 MEMORY_BACK_LIMIT_S = 5.0
 MEMORY_BACK_POLL_S = 0.25
@@ -169,6 +170,11 @@ class Keeper:
         return source.read_free_bytes() >= device.vram_total_bytes - others - (1 - MEMORY_BACK_SHARE) * need
 
     # -- devices -------------------------------------------------------------------------------------------------------
+
+    @property
+    def look_again_s(self) -> float | None:
+        """How long nobody may look at the devices; None where there is nothing to see."""
+        return CARDS_LOOK_S if any(s.read_card is not None for s in self._builder.sources.values()) else None
 
     def look_at_devices(self) -> None:
         """What is free on each device, for placement, as of the last moments."""
