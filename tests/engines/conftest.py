@@ -11,9 +11,10 @@ import pytest
 import llama_orch
 
 # Real llama.cpp behind the flag names of the real binary: the release archives of llama-server are not on PyPI.
-# A load can be held up: while somebody has the lock of the file `<model>.gate`, it waits.
+# A load waits while somebody has the lock of the file `<model>.gate`, and runs out of memory on the card whose UUID is
+# in the file `<model>.full`.
 _STAND_IN = """#!{python}
-import argparse, fcntl, os, threading
+import argparse, fcntl, os, sys, threading
 p = argparse.ArgumentParser()
 for name in ("model", "host", "api-key-file", "slot-save-path", "fit", "tensor-split"):
     p.add_argument("--" + name)
@@ -30,6 +31,9 @@ if a.version:
 if os.path.exists(a.model + ".gate"):
     with open(a.model + ".gate") as gate:
         fcntl.flock(gate, fcntl.LOCK_SH)
+if os.path.exists(a.model + ".full") and open(a.model + ".full").read() == os.environ["CUDA_VISIBLE_DEVICES"]:
+    print("ggml_backend_cuda_buffer_type_alloc_buffer: cudaMalloc failed: out of memory", file=sys.stderr)
+    raise SystemExit(1)
 import xllamacpp
 c = xllamacpp.CommonParams()
 c.model.path, c.hostnames, c.api_keys = a.model, [a.host], [open(a.api_key_file).read().strip()]
@@ -49,10 +53,15 @@ def tiny_model() -> Path:
     return Path(llama_orch.__file__).parent / "models" / "tiny.gguf"
 
 
-@pytest.fixture
-def llama_server(tmp_path: Path) -> Path:
+def a_llama_server(folder: Path) -> Path:
     """An executable that takes llama-server's flags and is llama.cpp."""
-    path = tmp_path / "llama-server"
+    path = folder / "llama-server"
     path.write_text(_STAND_IN.format(python=sys.executable))
     path.chmod(path.stat().st_mode | stat.S_IXUSR)
     return path
+
+
+@pytest.fixture
+def llama_server(tmp_path: Path) -> Path:
+    """The same, one for each test."""
+    return a_llama_server(tmp_path)

@@ -81,6 +81,13 @@ class Fleet:
         del self.pools[pool.spec.pool_id]
         self.dispose(pool)
 
+    def end(self) -> None:
+        """The service ends: nothing is loaded any more."""
+        self.is_ending = True
+        for replica in self.replicas.values():
+            if replica.is_promised or replica.state in (ReplicaState.BACKOFF, ReplicaState.UNLOADED):
+                replica.mark_stopped()
+
     # -- what was seen -------------------------------------------------------------------------------------------------
 
     def device_seen(self, device_id: str, free_bytes: int, problem: str | None, *, is_lost: bool) -> bool:
@@ -144,6 +151,19 @@ class Fleet:
         self._launch_promised(now)
         for pool in self._in_need(now):
             self._provide(pool, now)
+        for pool in self.every_pool():
+            self._judge(pool, now)
+
+    def _judge(self, pool: Pool, now: float) -> None:
+        """Whether there is hope for those who wait."""
+        if not self.planner.is_hopeless(pool, now):
+            pool.hopeless_since_s = None
+            return
+        if pool.hopeless_since_s is None:
+            pool.hopeless_since_s = now
+        if pool.why_not_loaded is None:
+            left = [r for r in pool.replicas.values() if r.state not in (ReplicaState.FAILED, ReplicaState.STOPPED)]
+            pool.why_not_loaded = residency.shortage(left, self.ledger)
 
     def _see_off(self, now: float) -> None:
         """Unload who is closing and has no work, and whose time has come."""
@@ -237,7 +257,7 @@ class Fleet:
         to be worth another replica."""
         for pool in self.every_pool():
             if not self.planner.is_needed(pool, now) or pool.is_coming:
-                pool.waiting_since_s = pool.hopeless_since_s = None
+                pool.waiting_since_s = None
             elif pool.waiting_since_s is None:
                 pool.waiting_since_s = now
         pools = [
@@ -254,10 +274,7 @@ class Fleet:
         if proposal is None:
             if pool.waiting_since_s is not None:
                 pool.why_not_loaded = residency.shortage(candidates, self.ledger)
-                if not any(self.planner.could_fit(replica) for replica in candidates):
-                    pool.hopeless_since_s = now if pool.hopeless_since_s is None else pool.hopeless_since_s
             return
-        pool.hopeless_since_s = None
         self._close(proposal.victims)
         if self.ledger.has_room(proposal.replica):
             self.load(proposal.replica, now)
@@ -310,6 +327,8 @@ class Fleet:
                     hard.append(replica.retry_at_s)
                 if keep_s is not None and replica.state is ReplicaState.READY and pool.is_idle:
                     soft.append(max(replica.last_used_s + keep_s, pool.wanted_until_s))
+            if pool.hopeless_since_s is not None:
+                soft.append(pool.hopeless_since_s + HOPE_S)
             if pool.waiting_since_s is not None:
                 soft += self._due_of_a_wait(pool)
         return min([*hard, *(one for one in soft if one > self._settled_s)], default=None)
@@ -321,8 +340,6 @@ class Fleet:
             return
         patience_s = self.planner.patience_s(candidates)
         yield pool.waiting_since_s + patience_s
-        if pool.hopeless_since_s is not None:
-            yield pool.hopeless_since_s + HOPE_S
         if not len(pool.queue):
             yield pool.wanted_until_s
         for replica in self.replicas.values():

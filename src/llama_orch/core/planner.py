@@ -172,10 +172,22 @@ class Planner:
         is_busy = bool(replica.leases) or self.is_needed(self._owner(replica), now)
         return Holder(replica, is_busy, self.reload_s(replica))
 
-    def could_fit(self, replica: Replica) -> bool:
-        """Whether it would have room if all left that can be made to leave."""
+    def is_hopeless(self, pool: Pool, now: float) -> bool:
+        """Whether somebody waits for the pool, nothing of it serves or loads, and it would have no room even if all
+        left that can be made to leave."""
+        if not self.is_needed(pool, now):
+            return False
+        replicas = pool.replicas.values()
+        if any(r.holds_memory and r.state is not ReplicaState.BACKOFF for r in replicas):
+            return False
+        return not any(
+            self._could_fit(r) for r in replicas if r.state not in (ReplicaState.FAILED, ReplicaState.STOPPED)
+        )
+
+    def _could_fit(self, replica: Replica) -> bool:
+        own = replica.need_bytes if replica.is_pinned and replica.holds_memory else {}
         return self._ledger.is_sound(replica) and all(
-            need <= self._ledger.contested_bytes(device_id) for device_id, need in replica.need_bytes.items()
+            need <= self._ledger.contested_bytes(d) + own.get(d, 0) for d, need in replica.need_bytes.items()
         )
 
     # -- what it costs -------------------------------------------------------------------------------------------------

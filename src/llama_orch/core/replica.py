@@ -86,6 +86,7 @@ class Replica:
     sizes: tuple[Mapping[str, int], ...] = ()  # what it would take with 1, 2, … slots; empty where `slots` is fixed
     is_pinned: bool = True  # it stays loaded: nobody may evict it
     is_launched: bool = True  # false while it is `loading` in name and waits for the room that others leave
+    is_lingering: bool = False  # it was lost, but its process is not gone yet
     is_closing: bool = False  # it takes no more tasks, and is unloaded once it holds none
     close_reason: str = ""
     leases: dict[int, str] = field(default_factory=dict)  # slot -> task id
@@ -109,7 +110,7 @@ class Replica:
 
     @property
     def holds_memory(self) -> bool:
-        return self.state in HOLDS_MEMORY and (self.state is not ReplicaState.LOADING or self.is_launched)
+        return self.is_lingering or (self.state in HOLDS_MEMORY and not self.is_promised)
 
     @property
     def is_promised(self) -> bool:
@@ -119,7 +120,8 @@ class Replica:
     @property
     def is_leaving(self) -> bool:
         """Its memory comes back without anybody's doing."""
-        return self.holds_memory and (self.is_closing or self.state is ReplicaState.UNLOADING)
+        is_on_its_way = self.is_closing or self.state is ReplicaState.UNLOADING or self.state not in HOLDS_MEMORY
+        return self.holds_memory and is_on_its_way
 
     @property
     def is_coming(self) -> bool:

@@ -69,6 +69,8 @@ class Rollouts:
     def _has_room_beside(self, replica: Replica, now: float) -> bool:
         if self._fleet.ledger.has_room(replica):
             return True
+        if not self._fleet.ledger.is_sound(replica):
+            return False
         leaving = self._fleet.planner.room_makers(replica, now)
         return leaving is not None and not any(victim.is_busy for victim in leaving)
 

@@ -23,7 +23,6 @@ from llama_orch.core.ledger import Device
 from llama_orch.core.pool import Pool
 from llama_orch.core.prediction import Predictor
 from llama_orch.core.queue import QueueFull
-from llama_orch.core.replica import Replica
 from llama_orch.core.rollout import Rollouts
 from llama_orch.core.task import ENDED, Outcome, Task, TaskEvent, request_digest
 from llama_orch.core.tasktable import TaskTable
@@ -50,6 +49,8 @@ class Scheduler:
         self.tasks = self._table.tasks
         self.predictor = Predictor()
         self.fleet = Fleet(pools, devices, self.predictor, self._emit, min_residency_s=min_residency_s)
+        self.pools, self.replicas = self.fleet.pools, self.fleet.replicas
+        self.devices = self.fleet.ledger.devices
         self.rollouts = Rollouts(self.fleet)
         self._dispatcher = Dispatcher(self.fleet, self.predictor, self.tasks, self._emit)
         self.gate = Gate(self.fleet, self.predictor, self.tasks)
@@ -64,22 +65,9 @@ class Scheduler:
         return taken
 
     @property
-    def pools(self) -> dict[str, Pool]:
-        """Those in service, by id."""
-        return self.fleet.pools
-
-    @property
-    def replicas(self) -> dict[str, Replica]:
-        return self.fleet.replicas
-
-    @property
     def is_draining(self) -> bool:
         """The service ends."""
         return self.fleet.is_ending
-
-    @property
-    def devices(self) -> dict[str, Device]:
-        return self.fleet.ledger.devices
 
     def pool(self, pool_id: str) -> Pool:
         try:
@@ -274,10 +262,14 @@ class Scheduler:
         self._dispatcher.dispatch(pool, now)
         self.settle(now)
 
-    def replica_lost(self, replica_id: str, reason: str, now: float, *, is_shortage: bool = False) -> None:
-        """Its worker is gone. Its tasks end with WORKER_RESET and nothing else is disturbed (HP-PLC-7). `is_shortage`:
-        it could not be loaded because its devices had less room than was thought."""
+    def replica_lost(
+        self, replica_id: str, reason: str, now: float, *, is_shortage: bool = False, is_gone: bool = True
+    ) -> None:
+        """Its worker is lost. Its tasks end with WORKER_RESET and nothing else is disturbed (HP-PLC-7). `is_shortage`:
+        it could not be loaded because its devices had less room than was thought. Unless it `is_gone`, its process
+        still has its memory, and `replica_gone` comes."""
         replica = self.replicas[replica_id]
+        replica.is_lingering = not is_gone
         if not replica.is_launched or replica.state not in (ReplicaState.LOADING, ReplicaState.READY):
             return  # it was told to end before this was reported: `replica_unloaded` comes
         pool = self.fleet.owner(replica)
@@ -302,6 +294,12 @@ class Scheduler:
             self._end_all_of(pool, refusals.gone(pool), now)
         elif (lost := self.fleet.lost_devices(pool)) is not None:
             self._end_all_of(pool, refusals.without_devices(pool, lost), now)
+
+    def replica_gone(self, replica_id: str, now: float) -> None:
+        """The process of a lost worker has ended, and its memory is back."""
+        if (replica := self.replicas.get(replica_id)) is not None:
+            replica.is_lingering = False
+            self.settle(now)
 
     def replica_explained(self, replica_id: str, reason: str) -> None:
         """The true reason of a loss that was first seen from its effects, such as a connection that broke."""
@@ -351,11 +349,7 @@ class Scheduler:
 
     def drain(self, now: float) -> None:
         """The service ends: take nothing more. What waits is sent back; what runs may finish."""
-        self.fleet.is_ending = True
-        for replica in self.replicas.values():
-            is_idle_load = replica.state is ReplicaState.LOADING and not replica.is_launched
-            if is_idle_load or replica.state in (ReplicaState.BACKOFF, ReplicaState.UNLOADED):
-                replica.mark_stopped()
+        self.fleet.end()
         for pool in self.fleet.every_pool():
             pool.is_draining = True
             self._end_all_of(pool, refusals.ending(pool), now)

@@ -23,6 +23,7 @@ from llama_orch.runtime.replicas import Listener, Replicas
 log = logging.getLogger("llama_orch.keeper")
 
 DEVICES_FRESH_S = 0.25
+CARDS_LOOK_S = 5.0  # at cards, while nothing happens: one gets lost without a sound
 # Drivers give memory back some time after its process has ended (0.5 to 1.5 s were seen by others).
 MEMORY_BACK_LIMIT_S = 5.0
 MEMORY_BACK_POLL_S = 0.25
@@ -54,7 +55,9 @@ class Keeper:
         self._devices_fresh_until = 0.0
         self._differences = Differences()
         replicas.listen(
-            Listener(self._ready, self._lost, scheduler.replica_explained, self._unloaded, self._memory_back)
+            Listener(
+                self._ready, self._lost, scheduler.replica_explained, self._unloaded, self._gone, self._memory_back
+            )
         )
 
     # -- effects -------------------------------------------------------------------------------------------------------
@@ -124,7 +127,7 @@ class Keeper:
         replica = self._scheduler.replicas[replica_id]
         pool = self._scheduler.fleet.owner(replica)
         self._differences.end(replica_id, replica.device_ids)
-        self._scheduler.replica_lost(replica_id, reason, now, is_shortage=is_shortage)
+        self._scheduler.replica_lost(replica_id, reason, now, is_shortage=is_shortage, is_gone=False)
         self._journal.replica_lost(replica, pool, reason, now)
         self._perform()
         self._wake()
@@ -135,6 +138,12 @@ class Keeper:
             self._differences.end(replica_id, replica.device_ids)
             self._look_now()
             self._scheduler.replica_unloaded(replica_id, self._clock.now())
+        self._perform()
+        self._wake()
+
+    def _gone(self, replica_id: str) -> None:
+        self._look_now()
+        self._scheduler.replica_gone(replica_id, self._clock.now())
         self._perform()
         self._wake()
 
@@ -161,6 +170,11 @@ class Keeper:
         return source.read_free_bytes() >= device.vram_total_bytes - others - (1 - MEMORY_BACK_SHARE) * need
 
     # -- devices -------------------------------------------------------------------------------------------------------
+
+    @property
+    def look_again_s(self) -> float | None:
+        """How long nobody may look at the devices; None where there is nothing to see."""
+        return CARDS_LOOK_S if any(s.read_card is not None for s in self._builder.sources.values()) else None
 
     def look_at_devices(self) -> None:
         """What is free on each device, for placement, as of the last moments."""

@@ -203,7 +203,8 @@ class Shelf:
             device_id: ledger.free_bytes(device_id) + sum(r.need_bytes.get(device_id, 0) for r in leaving)
             for device_id in ledger.devices
         }
-        room = Room(free)
+        sound = {device_id: free[device_id] for device_id, device in ledger.devices.items() if device.problem is None}
+        room = Room({device_id: sound.get(device_id, 0) for device_id in free})
         self._builder.seat(draft, room)
         while self._builder.widen(draft, room):
             pass

@@ -115,11 +115,13 @@ class Orchestrator:
     async def _keep_time(self) -> None:
         """Deadlines, restarts and retention when they are due; `metrics` frames every second while tasks are about."""
         while True:
-            due = self.scheduler.next_due()
-            wait_s = None if due is None else max(0.0, due - self._clock.now())
+            now = self._clock.now()
+            waits_s = [self._keeper.look_again_s]
+            if (due := self.scheduler.next_due()) is not None:
+                waits_s.append(max(0.0, due - now))
             if not self.scheduler.is_idle:
-                fresh_s = max(0.0, self._fresh_until - self._clock.now())
-                wait_s = fresh_s if wait_s is None else min(fresh_s, wait_s)
+                waits_s.append(max(0.0, self._fresh_until - now))
+            wait_s = min((one for one in waits_s if one is not None), default=None)
             self._wake.clear()
             with suppress(TimeoutError):
                 async with asyncio.timeout(wait_s):

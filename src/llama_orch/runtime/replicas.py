@@ -30,6 +30,7 @@ class Listener:
     lost: Callable[[str, str, bool], None]  # replica id, reason, whether its devices lacked memory
     explained: Callable[[str, str], None]  # replica id, the true reason of a loss that was reported before
     unloaded: Callable[[str], None]  # replica id: its worker is gone as it was told
+    gone: Callable[[str], None]  # replica id: the process of a lost worker has ended
     memory_back: Callable[[str], Awaitable[None]]  # waits until a replica's memory was seen to return
 
 
@@ -138,6 +139,8 @@ class Replicas:
                 await self._stop(replica_id, worker)
         if told.done():
             self._heard().unloaded(replica_id)
+        else:
+            self._heard().gone(replica_id)
 
     async def _stop(self, replica_id: str, worker: Worker) -> None:
         try:

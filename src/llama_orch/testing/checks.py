@@ -253,7 +253,8 @@ class Checker:
                 continue  # a load that is measured by difference may then count what another program has
             ledger = self._scheduler.fleet.ledger
             held, room = ledger.held_bytes(device_id), ledger.capacity_bytes(device_id)
-            self.expect(held <= room, f"{device_id} is oversold: the ledger gave {held} of {room} bytes")
+            if device.backend != "cuda":  # there the ledger has what was measured, others' doings included
+                self.expect(held <= room, f"{device_id} is oversold: the ledger gave {held} of {room} bytes")
 
     # -- the end -------------------------------------------------------------------------------------------------------
 
