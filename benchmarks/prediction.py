@@ -118,7 +118,7 @@ async def real(strict_share: float, tasks: int) -> list[Told]:
             {"id": "a", "backend": "simulated", "vram_bytes": 24 * gb},
             {"id": "b", "backend": "simulated", "vram_bytes": 12 * gb},
         ],
-        "pools": [{"id": "p", "slots": 2, "ctx": 1024, "queue": {"capacity": 1000}}],
+        "pools": [{"id": "p", "slots": 2, "ctx": 2048, "queue": {"capacity": 1000}}],
         "logs": {"level": "warning"},
     }
     dice = random.Random(f"prediction:real:{strict_share}")
@@ -137,7 +137,7 @@ async def real(strict_share: float, tasks: int) -> list[Told]:
                 while number % 4 == 0 and sum((await pool())["queue_depth"].values()) >= WAITING:  # noqa: ASYNC110
                     await asyncio.sleep(0.02)
                 body = a_body(dice, "builtin:tiny", strict_share)
-                body |= {"inputs": body["inputs"] * 3, "max_tokens": 500}  # long enough for a queue to build up
+                body |= {"inputs": body["inputs"] * 3, "max_tokens": 1500}  # long enough for a queue to build up
                 told.append((await client.post("/v1/tasks", json=body)).raise_for_status().json())
             while sum((await pool())["queue_depth"].values()):  # noqa: ASYNC110
                 await asyncio.sleep(0.05)
