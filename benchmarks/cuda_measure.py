@@ -31,7 +31,6 @@ DEVICES = {"large": 24 << 30, "small": 12 << 30}  # as an RTX 3090 and an RTX 30
 LOAD_LIMIT_S = 600.0
 RETURN_LIMIT_S = 60.0
 SLACK_BYTES = 64 * MIB  # what a card may lack and still count as given back
-TOKENS = 256
 PROMPT = " ".join(f"w{number:x}" for number in range(128))  # words of the made-up vocabulary
 ENDLESS_PROMPTS = 64  # in one task, for a stream that is to go on until it is cut off
 POLL_S = 0.01
@@ -51,6 +50,7 @@ class Load:
     path: Path
     ctx: int
     slots: int
+    tokens: int = 256  # of one answer
 
     @property
     def reference(self) -> str:
@@ -88,6 +88,14 @@ class Host:
         told = self.reading().process_bytes or {}
         return sum(told[pid] for pid in pids) if pids and all(pid in told for pid in pids) else None
 
+    def has_back(self, pid: int, used_bytes: int, memory_bytes: int, *, is_told: bool) -> bool:
+        """Whether what a process that was killed had is the card's again. By the process's own entry where the driver
+        tells those: the next process may soon take as much. Else the card has to lack most of it no more."""
+        reading = self.reading()
+        if is_told:
+            return reading.process_bytes is not None and pid not in reading.process_bytes
+        return (reading.vram_used_bytes or 0) < used_bytes - memory_bytes // 2
+
     @asynccontextmanager
     async def serving(self, name: str, pools: list[dict[str, Any]]) -> AsyncIterator[Served]:
         configuration = {
@@ -121,14 +129,13 @@ async def alone(host: Host, load: Load) -> tuple[Memory, list[Speed]]:
 
 
 async def together(host: Host, loads: Sequence[Load], figures: Figures) -> None:
-    """All pools at once with `devices: auto`: where they were placed, what they take and give, and one death."""
+    """All pools at once with `devices: auto`: where they were placed, what they take and give."""
     before = host.used_bytes()
     async with host.serving("together", [load.pool("auto") for load in loads]) as served:
         card_bytes = host.used_bytes() - before
         placed = [one for load in loads for one in await _placed(host, served, load)]
         figures.together = Together(DEVICES, placed, card_bytes, 0, 0.0)
         figures.together = await _under_load(served, loads, figures.together)
-        figures.killed = await kill_one(host, served, loads)
 
 
 async def _under_load(served: Served, loads: Sequence[Load], found: Together) -> Together:
@@ -152,39 +159,39 @@ async def _under_load(served: Served, loads: Sequence[Load], found: Together) ->
     return replace(found, replicas=replicas, streams=len(streams), total=sum(one.tokens for one in streams) / took_s)
 
 
-async def kill_one(host: Host, served: Served, loads: Sequence[Load]) -> Killed:
-    """SIGKILL of an engine process of the first pool while all its slots decode, beside a stream of another pool."""
-    load, others = loads[0], loads[1:]
-    victims = await _ready(served, load.pool_id)
-    if not victims:
-        raise MeasureFailed(f"{load.name} has no replica to kill")
-    pid = engine_pids(served.pid, load.path)[0]
-    memory_bytes = host.process_bytes([pid]) or load.predicted_bytes()
-    gate = Gate(len(victims) * load.slots)
-    async with asyncio.TaskGroup() as group:
-        running = [group.create_task(stream(served.client, load, n, gate)) for n in range(gate.count)]
-        beside = [group.create_task(stream(served.client, one, 0)) for one in others[:1]]
-        await _within(LOAD_LIMIT_S, lambda: _now(gate.is_open), "the streams do not start")
-        used = host.used_bytes()
-        os.kill(pid, signal.SIGKILL)
-        killed_at = time.perf_counter()
-        back = group.create_task(_seconds_until(lambda: _now(host.used_bytes() < used - 0.9 * memory_bytes)))
-        again = group.create_task(_seconds_until(lambda: _is_back(served, load.pool_id), LOAD_LIMIT_S))
-        await asyncio.wait([back, again, *beside])
-        ended = [one.result() for one in running if one.done()]
-        for one in running:  # those of the pool's other replicas would go on for long
-            one.cancel()
-    replicas = [one for one in await _replicas(served, load.pool_id) if one["restarts"]]
-    failed_at = [one.ended_at for one in ended if one.code != "end"]
-    return Killed(
-        replicas[0]["id"] if replicas else "none was seen to restart",
-        memory_bytes,
-        dict(Counter([one.code for one in ended] + ["went on"] * (gate.count - len(ended)))),
-        max(failed_at) - killed_at if failed_at else None,
-        back.result(),
-        again.result(),
-        all(one.result().code == "end" for one in beside) if beside else None,
-    )
+async def killed(host: Host, loads: Sequence[Load]) -> Killed:
+    """SIGKILL of an engine process while all its slots decode, beside a stream of another pool. The pool has this one
+    replica, so that its streams are surely on it."""
+    load, others = loads[0], loads[1:2]
+    async with host.serving("killed", [load.pool(["large"]), *(one.pool("auto") for one in others)]) as served:
+        pids = engine_pids(served.pid, load.path)
+        if len(pids) != 1:
+            raise MeasureFailed(f"{load.name} has {len(pids)} processes, not the one that is to be killed")
+        told_bytes = host.process_bytes(pids)
+        memory_bytes = load.predicted_bytes() if told_bytes is None else told_bytes
+        gate = Gate(load.slots)
+        async with asyncio.TaskGroup() as group:
+            running = [group.create_task(stream(served.client, load, n, gate)) for n in range(gate.count)]
+            await _within(LOAD_LIMIT_S, lambda: _now(gate.is_open), "the streams do not start")
+            beside = [group.create_task(stream(served.client, one, 0)) for one in others]
+            used = host.used_bytes()
+            os.kill(pids[0], signal.SIGKILL)
+            killed_at = time.perf_counter()
+            is_told = told_bytes is not None
+            back = group.create_task(
+                _seconds_until(lambda: _now(host.has_back(pids[0], used, memory_bytes, is_told=is_told)))
+            )
+            again = group.create_task(_seconds_until(lambda: _is_back(served, load.pool_id), LOAD_LIMIT_S))
+        ended = [one.result() for one in running]
+        return Killed(
+            load.name,
+            memory_bytes,
+            dict(Counter(one.code for one in ended)),
+            max(one.ended_at for one in ended) - killed_at,
+            back.result(),
+            again.result(),
+            all(one.result().code == "end" for one in beside) if beside else None,
+        )
 
 
 # --- streams ----------------------------------------------------------------------------------------------------------
@@ -222,7 +229,7 @@ class Gate:
 async def stream(client: httpx.AsyncClient, load: Load, seed: int, gate: Gate | None = None) -> Stream:
     """Submit a task and read it to its end; with a gate, one that goes on. Slots are shared: `strict` would leave all
     but one idle."""
-    body: dict[str, Any] = {"model_ref": load.reference, "max_tokens": TOKENS, "seed": seed}
+    body: dict[str, Any] = {"model_ref": load.reference, "max_tokens": load.tokens, "seed": seed}
     body |= {"determinism": "best_effort"} | ({"inputs": [PROMPT] * ENDLESS_PROMPTS} if gate else {"prompt": PROMPT})
     began, first_s, tokens, event = time.perf_counter(), None, 0, ""
     answer = await client.post("/v1/tasks", json=body)

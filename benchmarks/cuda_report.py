@@ -64,13 +64,12 @@ class Together:
 
 @dataclass(frozen=True)
 class Killed:
-    """SIGKILL of one engine process while all slots of its pool decode. Seconds from the signal; None: not seen."""
+    """SIGKILL of one engine process while all its slots decode. Seconds from the signal; None: not seen."""
 
-    replica_id: str
+    model: str
     memory_bytes: int
-    # Streams of the pool by the code of their error; `end`: had their whole answer; `went on`: on another replica.
-    ends: dict[str, int]
-    error_s: float | None
+    ends: dict[str, int]  # its streams by the code of their error; `end`: a whole answer
+    error_s: float  # until the last of them ended
     returned_s: float | None
     ready_s: float | None
     is_other_pool_undisturbed: bool | None  # None where there is no other
@@ -168,12 +167,12 @@ def killed_table(found: Killed) -> str:
     ends = ", ".join(f"{count} × {code}" for code, count in sorted(found.ends.items()))
     undisturbed = {True: "yes", False: "**no**", None: "there was none"}[found.is_other_pool_undisturbed]
     return table(
-        ["SIGKILL in mid-decode", found.replica_id],
+        ["SIGKILL in mid-decode", found.model],
         [
             ["its streams ended, s", seconds(found.error_s)],
             [f"its memory, {mib(found.memory_bytes)} MiB, was returned, s", seconds(found.returned_s)],
             ["it was ready again, s", seconds(found.ready_s)],
-            ["streams of its pool", ends or "none"],
+            ["how they ended", ends],
             ["a stream of another pool went on", undisturbed],
         ],
     )

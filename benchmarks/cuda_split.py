@@ -20,13 +20,13 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from importlib.util import find_spec
 from pathlib import Path
 
 import pynvml
-from cuda_measure import Host, Load, MeasureFailed, alone, together
+from cuda_measure import Host, Load, MeasureFailed, alone, killed, together
 from cuda_report import MIB, Figures, page
 from llama_server_build import BuildFailed, build_server, download, llama_cpp_in, missing_tools
 from served import ServiceFailed
@@ -35,6 +35,7 @@ from llama_orch.devices.nvml import Card, Nvml
 from llama_orch.models.gguf import read_gguf_header
 
 NEEDED_BYTES = 36 << 30
+TOKENS_MIN = 16
 MODULES = ("gguf", "numpy")
 # Tokens per slot and slots, in the order of shapes.FULL_SIZE: the first fits either device, and beside it the other two
 # fit on the large one only.
@@ -53,6 +54,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--build-only", action="store_true", help="build, say where it is, and measure nothing")
     parser.add_argument("--cmake-arg", action="append", default=[], metavar="ARG", help="one more argument for cmake")
     parser.add_argument("--model", action="append", type=Path, metavar="GGUF", help="your models, once for each")
+    parser.add_argument("--tokens", type=int, default=256, metavar="N", help="length of an answer (256)")
     parser.add_argument("--out", type=Path, metavar="FILE.json", help="write the figures here too")
     given = parser.parse_args(arguments)
     if given.binary is not None and not os.access(given.binary, os.X_OK):
@@ -62,6 +64,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     for path in given.model or ():
         if not path.is_file():
             parser.error(f"--model: {path} is not a file")
+    if given.tokens < TOKENS_MIN:
+        parser.error(f"--tokens: fewer than {TOKENS_MIN} are no answer to measure")
     if given.binary is not None and given.build_only:
         parser.error("--build-only: there is nothing to build with --binary")
     return given
@@ -120,7 +124,8 @@ def _measure(given: argparse.Namespace, folder: Path, card: Card, nvml: Nvml, bi
     """Figures are printed and written as far as they came, also when a later part fails."""
     figures, code = Figures(_machine(card, binary)), 0
     try:
-        loads = _made_models(folder) if given.model is None else [_own_model(path.resolve()) for path in given.model]
+        models = [_own_model(path.resolve()) for path in given.model or ()] or _made_models(folder)
+        loads = [replace(one, tokens=given.tokens) for one in models]
         asyncio.run(_run(Host(card, nvml, binary, folder / "homes"), loads, figures))
     except* (MeasureFailed, ServiceFailed) as failed:
         code = 1
@@ -169,6 +174,8 @@ async def _run(host: Host, loads: Sequence[Load], figures: Figures) -> None:
         figures.speed += speeds
     print("all pools at once", file=sys.stderr)
     await together(host, loads, figures)
+    print("a worker is killed", file=sys.stderr)
+    figures.killed = await killed(host, loads)
 
 
 def _machine(card: Card, binary: Path) -> dict[str, str]:
