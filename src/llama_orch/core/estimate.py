@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 SAMPLES_MIN = 2
 WEIGHT = 1 / 32  # of a new sample in the moving averages: answers differ in length, and few samples say little of them
-LENGTHS_KEPT = 64
+LENGTHS_KEPT = 256
 WAIT_GUESS_S = 0.5  # per task ahead, for a refusal's advice before anything was measured
 OVERDUE_SHARE = 0.1  # what outlives its estimate is taken to need this much of it more
 
@@ -39,10 +39,12 @@ class Lengths:
 
     average: Average = field(default_factory=Average)
     _latest: deque[int] = field(default_factory=lambda: deque(maxlen=LENGTHS_KEPT))
+    _means: dict[int, float] = field(default_factory=dict)  # by max_tokens; of use until the next answer
 
     def add(self, tokens: int) -> None:
         self.average.add(tokens)
         self._latest.append(tokens)
+        self._means.clear()
 
     def expected(self, max_tokens: int, expected_tokens: int | None) -> float:
         """Of an answer that has not begun. The client's own word comes before experience."""
@@ -50,7 +52,9 @@ class Lengths:
             return min(max_tokens, expected_tokens)
         if not self._latest:
             return min(max_tokens, self.average.mean)
-        return sum(min(max_tokens, length) for length in self._latest) / len(self._latest)
+        if max_tokens not in self._means:
+            self._means[max_tokens] = sum(min(max_tokens, length) for length in self._latest) / len(self._latest)
+        return self._means[max_tokens]
 
     def left(self, tokens_out: int, max_tokens: int, expected_tokens: int | None) -> float:
         """Of an answer that has this many already: what the longer ones among the latest had more than that."""

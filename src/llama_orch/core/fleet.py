@@ -24,7 +24,7 @@ WANTED_S = 60.0  # a pool that somebody asked for is kept wanted for this long, 
 HOPE_S = 60.0  # for room that nobody of ours can make: another program's, or a person's to give
 SHORTAGES_MAX = 1  # of memory, before a replica is given up
 SHORTAGE_GROWTH = 1.15  # of the predicted need, after a shortage
-QUARANTINE_S = 60.0  # of a model that was loaded on demand and failed; then a new task may have it tried again
+QUARANTINE_S = 60.0  # of what was loaded on demand and failed; then it is tried again for a task
 
 
 class Fleet:
@@ -132,11 +132,11 @@ class Fleet:
         self.revive(pool, now)
 
     def revive(self, pool: Pool, now: float) -> None:
-        """A model that failed on demand gets another chance once its quarantine is over."""
-        if pool.spec.is_on_demand and not pool.is_live:
-            for replica in pool.replicas.values():
-                if replica.failed_at_s is not None and replica.failed_at_s + QUARANTINE_S <= now:
-                    replica.revive()
+        """What failed when it was loaded on demand gets another chance once its quarantine is over."""
+        for replica in pool.replicas.values():
+            over_s = _quarantined_until_s(replica)
+            if over_s is not None and over_s <= now:
+                replica.revive()
 
     def settle(self, now: float) -> None:
         """See that who is needed gets loaded and who is not makes room."""
@@ -258,8 +258,9 @@ class Fleet:
         for pool in self.every_pool():
             if not self.planner.is_needed(pool, now) or pool.is_coming:
                 pool.waiting_since_s = None
-            elif pool.waiting_since_s is None:
-                pool.waiting_since_s = now
+            else:
+                pool.waiting_since_s = now if pool.waiting_since_s is None else pool.waiting_since_s
+                self.revive(pool, now)  # the others may never find room
         pools = [
             pool for pool in self.every_pool() if pool.waiting_since_s is not None or self.planner.has_backlog(pool)
         ]
@@ -334,7 +335,10 @@ class Fleet:
         return min([*hard, *(one for one in soft if one > self._settled_s)], default=None)
 
     def _due_of_a_wait(self, pool: Pool) -> Iterator[float]:
-        """When somebody may be asked to make room for those who wait."""
+        """When somebody may be asked to make room for those who wait, or a quarantine is over."""
+        for replica in pool.replicas.values():
+            if (over_s := _quarantined_until_s(replica)) is not None:
+                yield over_s
         candidates = [r for r in pool.replicas.values() if r.state is ReplicaState.UNLOADED]
         if not candidates or pool.waiting_since_s is None:
             return
@@ -346,3 +350,8 @@ class Fleet:
             if replica.ready_since_s is not None and not replica.is_pinned:
                 yield replica.ready_since_s + self._min_residency_s
                 yield replica.ready_since_s + patience_s
+
+
+def _quarantined_until_s(replica: Replica) -> float | None:
+    """None where it is in none, or stays given up: it is to stay loaded, or fits nowhere."""
+    return None if replica.is_pinned or replica.failed_at_s is None else replica.failed_at_s + QUARANTINE_S

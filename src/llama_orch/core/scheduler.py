@@ -23,7 +23,6 @@ from llama_orch.core.ledger import Device
 from llama_orch.core.pool import Pool
 from llama_orch.core.prediction import Predictor
 from llama_orch.core.queue import QueueFull
-from llama_orch.core.replica import Replica
 from llama_orch.core.rollout import Rollouts
 from llama_orch.core.task import ENDED, Outcome, Task, TaskEvent, request_digest
 from llama_orch.core.tasktable import TaskTable

@@ -60,10 +60,15 @@ def _spread_s(works: Sequence[Work]) -> float:
     return min(found, default=0.0)
 
 
+def _only_on(card: int, shares: list[list[float]]) -> float:
+    return sum(s[card] for s in shares if all(one == math.inf for c, one in enumerate(s) if c != card))
+
+
 def _dual(shares: list[list[float]], loads: list[float]) -> float:
     """The largest value that was found; multiplicative weights, which follow the card with the most work."""
     weights = [1 / len(loads)] * len(loads)
-    best = 0.0
+    # All weight on one card: what fits nowhere else is its own work. The search only comes near to that.
+    best = max(load + _only_on(card, shares) for card, load in enumerate(loads))
     for round_number in range(ROUNDS if len(loads) > 1 else 1):
         work = list(loads)
         value = sum(y * load for y, load in zip(weights, loads, strict=True))

@@ -85,12 +85,11 @@ class Faults:
         device_id = self._card(fault)
         free = self._machine.read_free_bytes(device_id)
         taken = round(free * fault.part)
-        self._machine.taken_bytes[device_id] += taken
+        self._machine.take(device_id, taken)
         self._note(f"fault take_vram: {taken / 2**30:.1f} GiB of {device_id}")
-        if fault.for_s:
-            await asyncio.sleep(fault.for_s)
-            self._machine.taken_bytes[device_id] -= taken
-            self._note(f"{device_id} has its memory back")
+        await asyncio.sleep(fault.for_s or 60.0)  # not for ever: who waits for room may wait for as long as it is gone
+        self._machine.take(device_id, -taken)
+        self._note(f"{device_id} has its memory back")
 
     async def _lose(self, fault: Fault) -> None:
         device_id = self._card(fault)

@@ -43,6 +43,7 @@ class Machine:
         self.sources = [self._source(card) for card in cards]
         self.launches: list[SimulatedWorker] = []  # every worker that ever was
         self.taken_bytes = dict.fromkeys(self.cards, 0)  # by other programs
+        self.shared: set[str] = set()  # cards that other programs have used at any time
         self.lost: set[str] = set()
         self._pace = physical_pace() if pace is None else pace
         self._on_launch = on_launch
@@ -100,6 +101,11 @@ class Machine:
         self.lost.add(device_id)
         for worker in self.alive(device_id):
             worker.crash(LOST)
+
+    def take(self, device_id: str, count: int) -> None:
+        """Another program takes so many bytes, or gives them back."""
+        self.shared.add(device_id)
+        self.taken_bytes[device_id] += count
 
     def bring_back(self, device_id: str) -> None:
         self.lost.discard(device_id)
