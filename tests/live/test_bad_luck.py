@@ -94,10 +94,11 @@ def test_an_architecture_that_llama_cpp_does_not_know(tmp_path: Path) -> None:
         assert finish(client, engine="ctransformers", max_tokens=4)[-1].event == "end"
 
 
-@pytest.mark.spec("HP-PLC-7")
+@pytest.mark.spec("HP-PLC-7", "HP-CTL-2")
 def test_a_worker_that_is_killed_again_and_again_is_given_up() -> None:
     """While idle, ten times if need be: it comes back up to six times in a row, then the replica is failed and says
-    why. Service and other pool stay up, and the worker of that pool is the same all the time."""
+    why, until the pool is reloaded. Service and other pool stay up, and the worker of that pool is the same all the
+    time."""
     with live_service({"pools": POOLS}) as service, open_client(service) as client:
         until(lambda: all(_health(client, pool["id"])["ready"] for pool in POOLS))
         bystander = workers(service)["ctransformers"]
@@ -119,6 +120,9 @@ def test_a_worker_that_is_killed_again_and_again_is_given_up() -> None:
         assert "SIGKILL" in _replica(client)["last_error"]
         assert "SIGKILL" in health["last_error"]
         assert "llamacpp" not in workers(service)
+        assert client.post("/v1/pools/default/reload", json={"new_model_ref": "builtin:tiny"}).status_code == 202
+        until(lambda: _health(client, "default")["ready"])
+        assert finish(client, engine="llamacpp", max_tokens=4)[-1].event == "end"
         assert finish(client, engine="ctransformers", max_tokens=4)[-1].event == "end"
         assert workers(service)["ctransformers"] == bystander
         assert is_running(service.pid)

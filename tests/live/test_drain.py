@@ -9,7 +9,7 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.live.client import descendants, finish, open_client, stream, submit, until, workers
+from tests.live.client import descendants, finish, is_running, kill, open_client, stream, submit, until, workers
 from tests.live.models import (
     ROOM_FOR_ONE,
     a_model,
@@ -70,7 +70,7 @@ def is_unloaded(client: httpx.Client, service: LiveService) -> bool:
 def test_what_runs_and_what_waits_comes_to_its_end(client: httpx.Client, service: LiveService) -> None:
     """Newcomers are told that the pool is away and when to come back; with the last task the model leaves, its memory
     and its process too; a reload brings all of it back."""
-    running = long_task(client, prompts=4)
+    running = long_task(client, prompts=2)
     waiting = submit(client, max_tokens=8)["task_id"]
     until(lambda: task(client, running)["state"] == "running")
     said = drain(client, **MINUTE)
@@ -162,3 +162,27 @@ def test_a_drain_while_a_task_waits_for_the_load(tmp_path: Path, llama_server: P
         assert stream(client, waiting)[-1].event == "end"
         until(lambda: is_unloaded(client, service))
         assert descendants(service.pid) == []
+
+
+@pytest.mark.spec("HP-PLC-7")
+@pytest.mark.parametrize("victim", ["wrapper", "binary"])
+def test_a_worker_is_killed_while_it_loads(tmp_path: Path, llama_server: Path, victim: str) -> None:
+    """The task that waits for it goes on waiting, the load begins anew, and the task gets its end. Nothing is left of
+    the first worker."""
+    model = a_model(tmp_path, "killed")
+    settings = {
+        "devices": simulated(card=ROOM_FOR_ONE),
+        "engines": {"llamacpp": {"launcher": "binary", "binary": str(llama_server)}},
+        "pools": [{"id": "default", "model": ref(model), "slots": 1}],
+    }
+    with held_load(model) as go, live_service(settings) as service, open_client(service) as client:
+        waiting = submit(client, model_ref=ref(model), max_tokens=8)["task_id"]
+        until(lambda: len(descendants(service.pid)) == 2)
+        first = descendants(service.pid)
+        wrapper = workers(service)["llama_server"]
+        kill(wrapper if victim == "wrapper" else next(pid for pid in first if pid != wrapper))
+        until(lambda: health(client, "default")["replicas"][0]["restarts"] == 1)
+        go()
+        assert stream(client, waiting)[-1].event == "end"
+        assert not any(is_running(pid) for pid in first)
+        assert len(descendants(service.pid)) == 2

@@ -107,7 +107,7 @@ def test_an_idle_model_leaves_for_another_one(client: httpx.Client, service: Liv
 def test_a_busy_model_is_never_evicted(client: httpx.Client, folder: Path) -> None:
     """Who waits for its room waits until what runs there has come to its end, and then gets it."""
     one, other = a_model(folder, "busy"), a_model(folder, "waits")
-    running = long_task(client, model_ref=ref(one), prompts=8)
+    running = long_task(client, model_ref=ref(one), prompts=2)
     until(lambda: task(client, running)["state"] == "running")
     waiting = submit(client, model_ref=ref(other), max_tokens=8)
     assert waiting["predicted_start_ms"] is None

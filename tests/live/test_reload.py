@@ -69,7 +69,7 @@ def test_beside_the_old_model(tmp_path: Path, llama_server: Path) -> None:
     reload is a conflict meanwhile; what comes afterwards gets the new model, and the old one's memory is given back."""
     old, new = a_model(tmp_path, "old"), a_model(tmp_path, "new")
     with serving(old, llama_server, ROOM_FOR_TWO, slots=2) as (service, client):
-        running = long_task(client, model_ref=ref(old), prompts=8, determinism="best_effort")
+        running = long_task(client, model_ref=ref(old), prompts=2, determinism="best_effort")
         with held_load(new) as go:
             assert reload(client, new).startswith("loading ")
             again = client.post("/v1/pools/default/reload", json={"new_model_ref": ref(new)})
@@ -92,7 +92,7 @@ def test_in_place_of_the_old_model(tmp_path: Path, llama_server: Path) -> None:
     then the new model serves."""
     old, new = a_model(tmp_path, "old"), a_model(tmp_path, "new")
     with serving(old, llama_server, ROOM_FOR_ONE) as (_, client):
-        running = long_task(client, model_ref=ref(old), prompts=4)
+        running = long_task(client, model_ref=ref(old), prompts=2)
         waiting = submit(client, model_ref=ref(old), max_tokens=8)["task_id"]
         until(lambda: task(client, running)["state"] == "running")
         assert reload(client, new).startswith("waiting ")
