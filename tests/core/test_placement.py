@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from llama_orch.contract.models import ReplicaState
 from llama_orch.core import placement
 from llama_orch.core.ledger import RESERVE_BYTES, Device, Ledger
-from llama_orch.core.placement import Candidate
+from llama_orch.core.placement import Candidate, Faster
 from llama_orch.core.replica import Replica
 from llama_orch.testing.builders import GIB, a_device
 
@@ -115,3 +115,28 @@ def test_the_choice_is_the_best_by_the_rules(figures: list[tuple[int, int]], exc
     least_busy = min((figures[n][1] for n in roomy), default=0)
     winners = [f"r{n}" for n in roomy if figures[n][1] == least_busy]
     assert picked(replicas, cards, exclusive=exclusive) == (winners[0] if winners else None)
+
+
+# -- sessions and slow cards -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.spec("HP-SES-3", "HP-PLC-1")
+def test_a_session_goes_back_to_its_slot_while_that_costs_little() -> None:
+    """The warm replica wins over a freer one, unless it is busier by more than two slots."""
+
+    def chosen(busy: int) -> str:
+        warm = Candidate(a_replica("warm", slots=8), 1 * GIB, busy, warm_slot=3)
+        cold = Candidate(a_replica("cold", slots=8), 9 * GIB, 1)
+        best = placement.pick([warm, cold])
+        return "" if best is None else best.replica.replica_id
+
+    assert [chosen(busy) for busy in (0, 3, 4)] == ["warm", "warm", "cold"]
+
+
+@pytest.mark.spec("HP-PLC-1", "HP-PLC-3")
+def test_the_last_tasks_of_a_queue_are_not_started_on_a_slow_card() -> None:
+    """One that takes 10 s there waits for a card that is free in 2 s and takes 4 s; with a longer queue it does not."""
+    assert placement.hold_back(10.0, [Faster(2.0, [4.0])])
+    assert not placement.hold_back(10.0, [Faster(2.0, [4.0, 4.0, 4.0])])
+    assert placement.hold_back(10.0, [Faster(2.0, [4.0, 4.0, 4.0]), Faster(2.0, [4.0, 4.0, 4.0])])
+    assert not placement.hold_back(10.0, [])

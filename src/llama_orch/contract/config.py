@@ -26,7 +26,7 @@ class DeviceSettings(Struct, kw_only=True, frozen=True, forbid_unknown_fields=Tr
     id: Annotated[str, Meta(pattern='^[A-Za-z0-9._-]{1,64}$(?!\\n)')]
     uuid: str | None = None  # The driver's UUID, `GPU-…`; needed for cuda.
     name: str | None = None
-    vram_bytes: Annotated[int, Meta(ge=1, le=9223372036854775807)] | None = None  # Needed for simulated; of a card: how much of it may be used. Devices that name the same card need it.
+    vram_bytes: Annotated[int, Meta(ge=1, le=9223372036854775807)] | None = None  # Needed for simulated; of a card or the CPU: how much of it may be used. A card may be several devices if each states it.
     backend: Literal['cuda', 'cpu', 'simulated'] = 'cuda'
 
 

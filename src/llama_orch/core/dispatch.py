@@ -16,6 +16,9 @@ from llama_orch.core.replica import Replica
 from llama_orch.core.task import Task, TaskEvent
 
 HOLD_BACK_QUEUE_MAX = 16  # where more wait, a slow card is of use in any case
+# Of its time on the slow card, that a task is held back at most: who runs on the fast one may take far longer than was
+# expected.
+HOLD_BACK_SHARE_MAX = 0.5
 
 
 class Dispatcher:
@@ -80,7 +83,10 @@ class Dispatcher:
             services_s = [self._predictor.service_s(pool, one, replica) or 0.0 for one in (task, *behind)]
             if services_s[0] < own_s:
                 faster.append(Faster(self._free_in_s(pool, task, replica, now), services_s))
-        return placement.hold_back(own_s, faster)
+        if not placement.hold_back(own_s, faster):
+            return False
+        since_s = task.held_back_since_s = now if task.held_back_since_s is None else task.held_back_since_s
+        return now - since_s < HOLD_BACK_SHARE_MAX * own_s
 
     def _free_in_s(self, pool: Pool, task: Task, replica: Replica, now: float) -> float:
         free_in_s = self._predictor.free_in_s(pool, replica, self._tasks, now)

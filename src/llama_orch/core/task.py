@@ -75,6 +75,7 @@ class Task:
     started_s: float | None = None
     ended_s: float | None = None
     tokens_out: int = 0
+    held_back_since_s: float | None = None  # it could have started on a slower replica
     predicted_s: float | None = None  # when it was to start, as told at its admission
     outcome: Outcome | None = None
     error: LlorchError | None = None

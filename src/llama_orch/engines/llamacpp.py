@@ -23,7 +23,8 @@ Launcher = Literal["embedded", "binary"]
 
 _PROBE_TIMEOUT_S = 10.0
 _REQUIRED = ("context_length", "embedding_length", "block_count")  # of every architecture that llama.cpp knows
-_VERSION = re.compile(r"version: (\d+) \((\w+)\)")
+# "version: 11549 (64fbe0f)"; newer builds say "version: 0.6.0-dev (build 11434, commit 64fbe0f)".
+_VERSION = re.compile(r"version: (?:\S+ \(build )?(\d+)(?: \(|, commit )(\w+)\)")
 
 _DETERMINISM = (
     "strict: the same bytes for the same seed while the task has its replica to itself, with the prompt evaluated from "
