@@ -202,8 +202,14 @@ class Replica:
 
     def shrink(self) -> None:
         """Back to the least that it can be loaded with, which is what counts as long as it is not."""
-        if self.sizes:
+        if self.sizes and not self.is_lingering:
             self.resize(1)
+
+    def mark_gone(self) -> None:
+        """The process of its lost worker has ended, and its memory is back."""
+        self.is_lingering = False
+        if not self.holds_memory:
+            self.shrink()
 
     def need_more(self, factor: float) -> None:
         """What was predicted was too little; until the quarantine ends."""

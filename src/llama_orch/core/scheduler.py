@@ -298,7 +298,7 @@ class Scheduler:
     def replica_gone(self, replica_id: str, now: float) -> None:
         """The process of a lost worker has ended, and its memory is back."""
         if (replica := self.replicas.get(replica_id)) is not None:
-            replica.is_lingering = False
+            replica.mark_gone()
             self.settle(now)
 
     def replica_explained(self, replica_id: str, reason: str) -> None:
