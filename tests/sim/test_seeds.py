@@ -37,14 +37,15 @@ OPEN = [
 FOLLOWS = re.compile(r"the scheduler is not idle, though|still waits after \d+ s: (failed|canceled|not admitted)")
 
 
-def unexplained(violations: Sequence[str]) -> list[str]:
-    """Without those that are known and open, and what follows from them."""
-    known = [violation for violation in violations if any(pattern.search(violation) for _, pattern, _ in OPEN)]
+def unexplained(seed: int, violations: Sequence[str]) -> list[str]:
+    """Without those that are known and open of this seed, and what follows from them."""
+    patterns = [pattern for number, pattern, _ in OPEN if number == seed]
+    known = [violation for violation in violations if any(pattern.search(violation) for pattern in patterns)]
     return [v for v in violations if v not in known and not (known and FOLLOWS.search(v))]
 
 
 def failures(seeds: Iterable[int]) -> dict[int, list[str]]:
-    runs = ((seed, unexplained(simulate(seed).violations)) for seed in seeds)
+    runs = ((seed, unexplained(seed, simulate(seed).violations)) for seed in seeds)
     return {seed: violations for seed, violations in runs if violations}
 
 
