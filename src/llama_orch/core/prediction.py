@@ -119,7 +119,7 @@ class Predictor:
 
     @staticmethod
     def _service_s(model: _Model, task: Task, mask: tuple[str, ...]) -> float:
-        tokens = model.lengths.expected(task.max_tokens, task.request.expected_tokens)
+        tokens = model.lengths.expected(task.tokens_out_max, task.request.expected_tokens)
         return model.speeds(mask).service_s(task.tokens_in or 0, tokens)
 
     def free_in_s(self, pool: Pool, replica: Replica, tasks: Mapping[str, Task], now: float) -> list[float]:
@@ -135,7 +135,7 @@ class Predictor:
         if not model.is_known:
             return 0.001
         if task.tokens_out > 0 and task.state is TaskState.RUNNING:
-            left = model.lengths.left(task.tokens_out, task.max_tokens, task.request.expected_tokens)
+            left = model.lengths.left(task.tokens_out, task.tokens_out_max, task.request.expected_tokens)
             return max(0.001, left * model.speeds(replica.device_ids).token_s.mean)
         service_s = self._service_s(model, task, replica.device_ids)
         began = now if task.started_s is None else task.started_s
@@ -205,7 +205,7 @@ class Predictor:
         else:
             rest_s += start_in_s
         is_told = task.request.expected_tokens is not None
-        tokens = model.lengths.expected(task.max_tokens, task.request.expected_tokens)
+        tokens = model.lengths.expected(task.tokens_out_max, task.request.expected_tokens)
         variance = 0.0 if is_told else model.lengths.average.variance
         return on_time_probability(task.deadline_s - now, rest_s, model.speeds(mask).deviation_s(tokens, variance))
 

@@ -118,6 +118,7 @@ class Scheduler:
             created_s=now,
             deadline_s=None if request.deadline_ms is None else now + request.deadline_ms / 1000,
             tokens_in=sum(prompt_tokens) if are_tokens_exact else None,
+            prompts=len(prompt_tokens),
         )
         self.gate.check_deadline(pool, task, now)
         self._enqueue(pool, task, now)

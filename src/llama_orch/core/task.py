@@ -68,6 +68,7 @@ class Task:
     created_s: float
     deadline_s: float | None
     tokens_in: int | None  # None until the engine has counted (admitted while the model was loading)
+    prompts: int = 1  # that run one after the other, each with an answer of at most `max_tokens`
     state: TaskState = TaskState.QUEUED
     lease: Lease | None = None  # outlives the state: held until the engine has let go of the slot
     replica_id: str | None = None
@@ -87,6 +88,10 @@ class Task:
     @property
     def pool_id(self) -> str:
         return self.pool.spec.pool_id
+
+    @property
+    def tokens_out_max(self) -> int:
+        return self.max_tokens * self.prompts
 
     @property
     def is_strict(self) -> bool:
