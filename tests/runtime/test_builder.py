@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
 from llama_orch.contract.config import PoolSettings
+from llama_orch.contract.models import ReplicaState
 from llama_orch.engines.simulated import SimulatedEngine
 from llama_orch.models.calibration import Calibration
 from llama_orch.runtime.builder import Builder, Room, calibration_key
@@ -66,3 +68,19 @@ def test_a_split_takes_its_share_of_each_card() -> None:
     room = Room({"3090": 24 * GIB, "3060": 12 * GIB})
     split = seats(a_builder(), room, slots=4, devices=["3090", "3060"], tensor_split=[2.0, 1.0], replicas=1)
     assert split == [("3090", 4, 4), ("3060", 4, 2)]
+
+
+@pytest.mark.parametrize(("stay", "expected"), [(0, 4), (1, 4), (3, 2)])
+def test_what_does_not_stay_loaded_leaves_the_others_their_cores(
+    monkeypatch: pytest.MonkeyPatch, stay: int, expected: int
+) -> None:
+    """Of eight cores on a machine with two devices that are none: a model on demand gets a half, since there may be
+    another one on the other device, or its part beside those that stay."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    builder = a_builder()
+    draft = builder.draft(PoolSettings(engine="simulated", replicas=stay or 1), OneModel().look("m"))
+    builder.seat(draft, Room({"3090": 100 * GIB, "3060": 100 * GIB}))
+    if stay:
+        builder.build(draft, state=ReplicaState.LOADING)
+    built = builder.build(draft, state=ReplicaState.UNLOADED, is_on_demand=True)
+    assert {spec.threads for _, spec in built.workers.values()} == {expected}

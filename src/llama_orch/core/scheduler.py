@@ -122,6 +122,7 @@ class Scheduler:
         )
         self.gate.check_deadline(pool, task, now)
         self._enqueue(pool, task, now)
+        pool.wanted_until_s = 0.0  # who was told to come again has come
         self.settle(now)
         self._remember_prediction(task, now)
         return Verdict(task, is_repeat=False)

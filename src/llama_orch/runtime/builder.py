@@ -189,7 +189,8 @@ class Builder:
             elif state is ReplicaState.LOADING and seat.mask[0].backend != "cuda":
                 self._on_cpu += 1
             replicas[replica_id] = replica
-            workers[replica_id] = (draft.engine, self._worker_spec(draft, replica_id, seat))
+            threads = self.threads(seat.mask[0], is_staying=state is ReplicaState.LOADING)
+            workers[replica_id] = (draft.engine, self._worker_spec(draft, replica_id, seat, threads))
         queue = TaskQueue(settings.queue.capacity, settings.queue.full_policy)
         return Built(Pool(self._pool_spec(draft, is_on_demand), queue, replicas), workers)
 
@@ -214,7 +215,7 @@ class Builder:
             is_on_demand=is_on_demand,
         )
 
-    def _worker_spec(self, draft: Draft, replica_id: str, seat: Seat) -> ReplicaSpec:
+    def _worker_spec(self, draft: Draft, replica_id: str, seat: Seat, threads: int) -> ReplicaSpec:
         return ReplicaSpec(
             replica_id=replica_id,
             pool_id=draft.settings.id,
@@ -223,15 +224,19 @@ class Builder:
             ctx=draft.settings.ctx,
             backend=seat.mask[0].backend,
             device_uuids=tuple(source.uuid for source in seat.mask if source.uuid is not None),
-            threads=self.threads(seat.mask[0]),
+            threads=threads,
             tensor_split=tuple(draft.settings.tensor_split or ()),
         )
 
-    def threads(self, source: Source) -> int:
-        """Replicas that compute on the CPU share its cores; one thread serves a card."""
+    def threads(self, source: Source, *, is_staying: bool) -> int:
+        """Replicas that compute on the CPU share its cores; one thread serves a card. What does not stay loaded runs
+        beside those that do, and one on each device at least: more threads than cores wait for one another, and a token
+        takes a hundred times as long."""
         if source.backend == "cuda":
             return 1
-        return max(1, math.floor(len(os.sched_getaffinity(0)) / max(1, self._on_cpu)))
+        on_cpu = sum(1 for one in self.sources.values() if one.backend != "cuda")
+        sharing = self._on_cpu if is_staying else max(self._on_cpu + 1, on_cpu)
+        return max(1, math.floor(len(os.sched_getaffinity(0)) / max(1, sharing)))
 
 
 def calibration_key(digest: str, engine_version: str, ctx: int, slots: int, source: Source) -> CalibrationKey:

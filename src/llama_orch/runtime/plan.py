@@ -54,8 +54,10 @@ def plan_with(builder: Builder, settings: Settings) -> Plan:
     devices = [source.device for source in builder.sources.values()]
     _seat_all(builder, drafts, devices)
     built = [_build(builder, draft) for draft in drafts]
-    workers = _share_threads(builder, {name: worker for one in built for name, worker in one.workers.items()})
-    return Plan([one.pool for one in built], devices, workers, builder)
+    workers = {
+        name: (*worker, one.pool.spec.keep_alive_s is None) for one in built for name, worker in one.workers.items()
+    }
+    return Plan([one.pool for one in built], devices, _share_threads(builder, workers), builder)
 
 
 def _seat_all(builder: Builder, drafts: list[Draft], devices: list[Device]) -> None:
@@ -129,11 +131,11 @@ def model_problem(engine: Engine, model: Model, ctx: int) -> str | None:
 
 
 def _share_threads(
-    builder: Builder, workers: dict[str, tuple[Engine, ReplicaSpec]]
+    builder: Builder, workers: dict[str, tuple[Engine, ReplicaSpec, bool]]
 ) -> dict[str, tuple[Engine, ReplicaSpec]]:
-    """Now that all are known that compute on the CPU."""
+    """Now that all are known that stay loaded and compute on the CPU."""
     sources = {source.backend: source for source in builder.sources.values()}
     return {
-        replica_id: (engine, replace(spec, threads=builder.threads(sources[spec.backend])))
-        for replica_id, (engine, spec) in workers.items()
+        replica_id: (engine, replace(spec, threads=builder.threads(sources[spec.backend], is_staying=is_staying)))
+        for replica_id, (engine, spec, is_staying) in workers.items()
     }
