@@ -22,6 +22,9 @@ TOKEN = "live-0123456789abcdef0123456789abcdef"
 START_LIMIT_S = 120.0  # a start that hangs fails; nothing waits for it
 END_LIMIT_S = 60.0
 SAID = "listening on "
+# Workers' threads that wait for one another sleep. By default they spin, and where other programs want the cores, as
+# other tests do, twenty tokens took twenty seconds now and then.
+_PATIENT = {"OMP_WAIT_POLICY": "passive"}
 PROGRAM = [sys.executable, "-P", "-m", "llama_orch.cli"]  # tests/contract/mutants puts another one here
 
 
@@ -72,7 +75,7 @@ def live_service(
 
 def _environment(home: Path, token: str, more: Mapping[str, str]) -> dict[str, str]:
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("LLORCH_")}
-    return inherited | {"LLORCH_HOME": str(home), "LLORCH_API_TOKEN": token} | dict(more)
+    return inherited | {"LLORCH_HOME": str(home), "LLORCH_API_TOKEN": token, **_PATIENT} | dict(more)
 
 
 @contextmanager

@@ -156,6 +156,8 @@ class Keeper:
             return
         began = self._clock.now()
         while not all(self._is_back(source, replica) for source in cards):
+            if self._scheduler.is_draining:  # the service ends: nobody is to have it
+                return
             if self._clock.now() - began >= MEMORY_BACK_LIMIT_S:
                 log.warning("the memory of %s did not return within %.0f s", replica_id, MEMORY_BACK_LIMIT_S)
                 return
