@@ -122,7 +122,7 @@ class Fleet:
 
     def measured(self, replica_id: str, need_bytes: dict[str, int]) -> None:
         """What a loaded replica was seen to take, in place of what was predicted."""
-        self.replicas[replica_id].need_bytes = {**self.replicas[replica_id].need_bytes, **need_bytes}
+        self.replicas[replica_id].measured(need_bytes)
 
     # -- what is loaded ------------------------------------------------------------------------------------------------
 

@@ -91,8 +91,8 @@ class Ledger:
         return {device_id: lack for device_id, lack in found.items() if lack > 0}
 
     def staying_bytes(self, device_id: str) -> int:
-        """Held by replicas that nobody can make leave."""
-        return self._sum(device_id, (r for r in self._replicas.values() if r.is_pinned and r.holds_memory))
+        """Held by replicas that nobody can make leave, or promised to them."""
+        return self._sum(device_id, (r for r in self._replicas.values() if r.is_staying))
 
     def contested_bytes(self, device_id: str) -> int:
         """What is free, or held by who can be made to leave."""

@@ -185,7 +185,7 @@ class Planner:
         )
 
     def _could_fit(self, replica: Replica) -> bool:
-        own = replica.need_bytes if replica.is_pinned and replica.holds_memory else {}
+        own = replica.need_bytes if replica.is_staying else {}
         return self._ledger.is_sound(replica) and all(
             need <= self._ledger.contested_bytes(d) + own.get(d, 0) for d, need in replica.need_bytes.items()
         )

@@ -118,6 +118,11 @@ class Replica:
         return self.state is ReplicaState.LOADING and not self.is_launched
 
     @property
+    def is_staying(self) -> bool:
+        """It has memory, or was promised some, that nobody can make it give up."""
+        return self.is_pinned and (self.holds_memory or self.is_promised)
+
+    @property
     def is_leaving(self) -> bool:
         """Its memory comes back without anybody's doing."""
         is_on_its_way = self.is_closing or self.state is ReplicaState.UNLOADING or self.state not in HOLDS_MEMORY
@@ -199,6 +204,13 @@ class Replica:
         """To be loaded with this many slots, at most as many as there are sizes for."""
         self.slots = slots
         self.need_bytes = {d: round(need * self.need_factor) for d, need in self.sizes[slots - 1].items()}
+
+    def measured(self, need_bytes: Mapping[str, int]) -> None:
+        """What it was seen to take, in place of what was predicted. Where it has one size only, the next prediction is
+        that, and no longer what its shortages made of the first one."""
+        self.need_bytes = {**self.need_bytes, **need_bytes}
+        if not self.sizes:
+            self.need_factor = 1.0
 
     def shrink(self) -> None:
         """Back to the least that it can be loaded with, which is what counts as long as it is not."""
