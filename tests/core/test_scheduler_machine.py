@@ -872,7 +872,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
 
 SchedulerMachine.TestCase.settings = settings(
-    max_examples=40, stateful_step_count=50, derandomize=True, deadline=None, database=None
+    max_examples=4, stateful_step_count=50, derandomize=True, deadline=None, database=None
 )
 
 

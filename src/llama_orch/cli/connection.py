@@ -63,10 +63,13 @@ def answers_reported() -> Iterator[None]:
 
 
 @contextmanager
-def connected(env: Mapping[str, str]) -> Iterator[Client]:
-    """A client of the server that is there; its failures are reported."""
-    from llama_orch.cli.client import Client
+def connected(env: Mapping[str, str], *, attempts_max: int | None = None) -> Iterator[Client]:
+    """A client of the server that is there; its failures are reported. `attempts_max`: of one call; None: the usual
+    number."""
+    from llama_orch.cli.client import ATTEMPTS_MAX, Client
 
     url = server_url(env)
-    with answers_reported(), Client(url, client_token(url, env), is_loopback=is_loopback_url(url)) as client:
+    token = client_token(url, env)
+    attempts = ATTEMPTS_MAX if attempts_max is None else attempts_max
+    with answers_reported(), Client(url, token, is_loopback=is_loopback_url(url), attempts_max=attempts) as client:
         yield client

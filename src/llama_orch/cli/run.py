@@ -105,7 +105,8 @@ def _service(env: Mapping[str, str]) -> Iterator[Client]:
             with _own_service(env) as client:
                 yield client
             return
-    with connected(env) as client:
+    # A model that is loaded for this very task may take longer than a few attempts; the time is bounded all the same.
+    with connected(env, attempts_max=_LOADING_ATTEMPTS_MAX) as client:
         yield client
 
 
