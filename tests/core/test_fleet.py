@@ -412,6 +412,22 @@ def test_a_lack_of_memory_makes_a_load_be_planned_anew_with_more() -> None:
     assert state(scheduler, "m-0") is S.FAILED
 
 
+@pytest.mark.spec("HP-PLC-4", "HP-PLC-7")
+def test_a_place_whose_last_process_is_still_there_is_planned_when_that_is_gone() -> None:
+    """Nobody else has to leave for it, and its need does not change under the process."""
+    scheduler = fleet_of(on_demand("m", 16), on_demand("idle", 6))
+    done(scheduler, "idle", 0.0)
+    submit(scheduler, "t", pool_id="m", now=100.0)
+    scheduler.take_effects()
+    scheduler.replica_lost("m-0", "out of memory", 101.0, is_shortage=True, is_gone=False)
+    scheduler.tick(102.0)
+    assert scheduler.take_effects() == []
+    assert scheduler.fleet.ledger.held_bytes("3090") == (16 + 6) * GIB
+    scheduler.replica_gone("m-0", 103.0)
+    assert scheduler.take_effects() == [Unload("idle-0", "evicted")]
+    assert unloaded(scheduler, "idle-0", 104.0) == [Load("m-0")]
+
+
 @pytest.mark.spec("HP-PLC-7")
 def test_a_serving_model_on_demand_that_runs_short_is_planned_anew() -> None:
     """Its tasks end, and the next one finds it again."""
@@ -431,9 +447,10 @@ def test_a_loss_that_crosses_an_unload_is_the_same_end() -> None:
     scheduler = fleet_of(on_demand("m", 10, keep_alive_s=1.0))
     done(scheduler, "m", 0.0)
     scheduler.tick(1.0)
-    scheduler.replica_lost("m-0", "its card is lost", 1.0)
+    scheduler.replica_lost("m-0", "its card is lost", 1.0, is_gone=False)
     assert state(scheduler, "m-0") is S.UNLOADING
     scheduler.replica_unloaded("m-0", 2.0)
+    assert scheduler.fleet.ledger.held_bytes("3090") == 0
     scheduler.replica_lost("m-0", "told late", 2.0)
     assert state(scheduler, "m-0") is S.UNLOADED
 

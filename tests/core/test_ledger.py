@@ -183,6 +183,17 @@ def test_two_that_wait_for_their_restart_do_not_keep_each_other_out() -> None:
     assert not ledger.can_restart(other)
 
 
+@pytest.mark.spec("HP-PLC-4", "HP-PLC-7")
+def test_a_restart_does_not_count_on_what_another_lost_process_still_has() -> None:
+    """Its own is waited for, whoever starts it; another one's would not be."""
+    one, other = a_replica(11, S.BACKOFF, is_lingering=True), a_replica(11, S.BACKOFF)
+    ledger = a_ledger(one, other)
+    ledger.devices["3090"].external_bytes = 8 * GIB
+    assert (ledger.can_restart(one), ledger.can_restart(other)) == (True, False)
+    one.mark_gone()
+    assert ledger.can_restart(other)
+
+
 IN_BETWEEN = [S.LOADING, S.UNLOADING, S.BACKOFF]
 WORKERS = st.tuples(st.sampled_from([S.READY, *IN_BETWEEN]), st.integers(1, 4), st.floats(0, 1))
 

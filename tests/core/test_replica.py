@@ -168,6 +168,21 @@ def test_a_lack_of_memory_is_known_at_the_load_or_later(state: ReplicaState) -> 
     assert (replica.state, replica.shortages, replica.is_closing) == (S.UNLOADED, 1, False)
 
 
+@pytest.mark.spec("HP-PLC-4")
+def test_a_need_that_was_too_little_grows_once_the_process_is_gone() -> None:
+    """Until then the process has what it had, and more than that is not held."""
+    replica = a_replica(S.LOADING)
+    replica.is_lingering = True
+    replica.mark_short("out of memory")
+    replica.need_more(1.5)
+    assert (replica.holds_memory, replica.need_bytes) == (True, {"3090": 100})
+    replica.mark_gone()
+    assert (replica.holds_memory, replica.need_bytes) == (False, {"3090": 150})
+    replica.give_up(1.0)
+    replica.revive()
+    assert replica.need_bytes == {"3090": 100}
+
+
 def test_after_a_quarantine_the_need_is_the_predicted_one_again() -> None:
     """What made it run short may have been another program: without this it would be too large for ever."""
     replica = a_replica(S.LOADING)

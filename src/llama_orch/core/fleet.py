@@ -200,7 +200,7 @@ class Fleet:
 
     def load(self, replica: Replica, now: float) -> None:
         """Start a replica for which there is room, with as many slots as there is room for."""
-        if replica.state is not ReplicaState.BACKOFF:
+        if replica.state is not ReplicaState.BACKOFF and not replica.is_lingering:
             self._grow(replica)
         if replica.state is ReplicaState.LOADING:  # it was promised the room
             replica.is_launched, replica.loading_since_s = True, now
@@ -296,7 +296,8 @@ class Fleet:
         replica.mark_short(reason)
         replica.need_more(SHORTAGE_GROWTH)
         replica.shrink()
-        is_hopeless = any(need > self.ledger.capacity_bytes(d) for d, need in replica.need_bytes.items())
+        growth = replica.need_growth
+        is_hopeless = any(need * growth > self.ledger.capacity_bytes(d) for d, need in replica.need_bytes.items())
         if replica.shortages > SHORTAGES_MAX or is_hopeless:
             replica.give_up(now)
 

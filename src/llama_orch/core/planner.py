@@ -207,5 +207,6 @@ class Planner:
 
 
 def loadable(pool: Pool) -> list[Replica]:
-    """The pool's replicas that may be loaded when they are needed."""
-    return [r for r in pool.replicas.values() if r.state is ReplicaState.UNLOADED and not r.is_pinned]
+    """The pool's replicas that may be loaded when they are needed: not one whose last process is still there."""
+    idle = [r for r in pool.replicas.values() if r.state is ReplicaState.UNLOADED and not r.is_pinned]
+    return [replica for replica in idle if not replica.is_lingering]
