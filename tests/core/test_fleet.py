@@ -237,6 +237,22 @@ def test_nobody_waits_for_ever_for_room_that_nobody_of_ours_can_make() -> None:
     assert "16,384 MiB are needed on device 3090, which has 7,936" in str(task.error)
 
 
+@pytest.mark.spec("HP-PLC-5")
+def test_the_end_of_a_hope_that_nobody_has_wakes_nobody() -> None:
+    """Somebody asked for a model that has no room, and was not queued: there is nobody to be sent back."""
+    scheduler = fleet_of(a_pool(need_gib=16))
+    ready(scheduler, "default-0", 0.0)
+    scheduler.device_seen("3090", 0, 0.0, "too hot")
+    scheduler.replica_lost("default-0", "gone", 0.0)
+    scheduler.want(scheduler.pools["default"], 0.0)
+    scheduler.tick(1.0)
+    assert scheduler.pools["default"].hopeless_since_s is not None
+    assert scheduler.next_due() == scheduler.replicas["default-0"].retry_at_s
+    submit(scheduler, "t", now=2.0)
+    scheduler.replicas["default-0"].retry_at_s = 1000.0
+    assert scheduler.next_due() == HOPE_S
+
+
 @pytest.mark.spec("HP-PLC-4")
 def test_a_model_gets_as_many_slots_as_there_is_room_for() -> None:
     """Planned with one, loaded with what fits, and planned with one again once it has left."""

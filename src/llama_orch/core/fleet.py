@@ -329,7 +329,7 @@ class Fleet:
                     hard.append(replica.retry_at_s)
                 if keep_s is not None and replica.state is ReplicaState.READY and pool.is_idle:
                     soft.append(max(replica.last_used_s + keep_s, pool.wanted_until_s))
-            if pool.hopeless_since_s is not None:
+            if pool.hopeless_since_s is not None and len(pool.queue):
                 soft.append(pool.hopeless_since_s + HOPE_S)
             if pool.waiting_since_s is not None:
                 soft += self._due_of_a_wait(pool)
