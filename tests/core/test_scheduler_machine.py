@@ -71,6 +71,7 @@ POOLS = st.fixed_dictionaries(
         "model": st.sampled_from(["own", "own", "shared"]),
         "need_gib": st.sampled_from([8, 11, 3, 20, None]),
         "kind": st.sampled_from([*STAYS * 2, *GOES]),
+        "is_auto": st.sampled_from([False, False, True]),
     }
 )
 REQUESTS = st.fixed_dictionaries(
@@ -103,10 +104,18 @@ class Life:
 
 def a_pool_of(pool_id: str, fields: dict[str, Any], **more: Any) -> Pool:
     fields = {**fields, **more}
-    kind = fields.pop("kind")
+    kind, is_auto = fields.pop("kind"), fields.pop("is_auto")
     if fields["model"] == "own":
         fields["model"] = f"model-{pool_id}"
-    return a_pool(pool_id, **fields, **kind)
+    pool = a_pool(pool_id, **fields, **kind)
+    for replica in pool.replicas.values() if is_auto else ():
+        if not replica.is_pinned:  # a third more for each further slot
+            need = replica.need_bytes
+            replica.sizes = tuple(
+                {d: size * (2 + n) // 3 for d, size in need.items()} for n in range(1, replica.slots + 1)
+            )
+            replica.shrink()
+    return pool
 
 
 def seat(pools: list[Pool]) -> None:
@@ -148,6 +157,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.tokens: Counter[str] = Counter()
         self.workers: dict[str, str] = {}  # replica -> loading, serving, ending
         self.used: dict[str, dict[str, int]] = {}  # replica -> what its worker takes of each device
+        self.lingering: dict[str, dict[str, int]] = {}  # the same of lost ones whose process is not gone yet
         self.others: Counter[str] = Counter()  # device -> bytes that other programs use
         self.is_known = dict.fromkeys(DEVICE_IDS, True)  # that figure was seen while no worker came or went
         self.problems: dict[str, tuple[str | None, bool]] = dict.fromkeys(DEVICE_IDS, (None, False))
@@ -171,8 +181,8 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.perform_one(effect)
             if isinstance(effect, Condemn) and self.workers.get(effect.replica_id) == SERVING:
                 if self.scheduler.replicas[effect.replica_id].state is ReplicaState.READY:
-                    self.end_worker(effect.replica_id)
-                self.scheduler.replica_lost(effect.replica_id, effect.reason, self.now)
+                    self.end_worker(effect.replica_id, is_gone=False)
+                self.scheduler.replica_lost(effect.replica_id, effect.reason, self.now, is_gone=False)
                 lost.add(effect.replica_id)
                 effects.extend(self.scheduler.take_effects())
         self.forget_tasks_of(lost)
@@ -203,6 +213,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             case Dispose(replica_id):
                 assert replica_id not in self.scheduler.replicas
                 assert replica_id not in self.workers
+                assert replica_id not in self.lingering
                 self.disposed.add(replica_id)
         if isinstance(effect, Admitted | Start | Abort | Ended):
             self.lives[effect.task_id].effects.append(type(effect).__name__)
@@ -218,7 +229,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         there = (ReplicaState.READY, ReplicaState.LOADING, ReplicaState.UNLOADING)
         for device_id in replica.need_bytes:
             assert self.problems[device_id][0] is None, "nothing is started on a device that cannot be used"
-            holders = [r for r in self.scheduler.replicas.values() if r.state in there and r.is_launched]
+            holders = [
+                r for r in self.scheduler.replicas.values() if (r.state in there and r.is_launched) or r.is_lingering
+            ]
             held = sum(r.need_bytes.get(device_id, 0) for r in holders)
             device = self.scheduler.devices[device_id]
             assert held + RESERVE_BYTES + device.external_bytes <= device.vram_total_bytes, (
@@ -236,13 +249,16 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert not replica.is_pinned or reason in ("drain", "reload"), "what is to stay is not evicted"
         self.workers[replica.replica_id] = ENDING
 
-    def end_worker(self, replica_id: str) -> None:
+    def end_worker(self, replica_id: str, *, is_gone: bool = True) -> None:
         self.workers.pop(replica_id)
-        self.used.pop(replica_id, None)
+        used = self.used.pop(replica_id, {})
+        if not is_gone:
+            self.lingering[replica_id] = used
 
     def forget_tasks_of(self, lost: set[str]) -> None:
-        self.late |= {task_id for task_id, held_by in self.aborting.items() if held_by in lost}
-        self.aborting = {task_id: held_by for task_id, held_by in self.aborting.items() if held_by not in lost}
+        for task_id in [task_id for task_id, held_by in self.aborting.items() if held_by in lost]:
+            del self.aborting[task_id]
+            self.late.add(task_id)
 
     def on_start(self, task: Task) -> None:
         assert self.lives[task.task_id].effects == ["Admitted"]
@@ -447,6 +463,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.late)
     @rule(pick=PICK, says=st.sampled_from(["released", "finished", "failed"]))
     def lost_engine_reports_late(self, pick: int, says: str) -> None:
+        self.tick()  # what has come about otherwise, such as room on a device, is not the report's doing
         task_id = sorted(self.late)[pick % len(self.late)]
         self.late.remove(task_id)
         self.report(task_id, says)
@@ -484,18 +501,40 @@ class SchedulerMachine(RuleBasedStateMachine):
         """Replicas whose worker is so far."""
         return [self.scheduler.replicas[one] for one, phase in self.workers.items() if phase in phases]
 
-    @precondition(lambda self: self.those(LOADING))
+    def may_come(self) -> list[Replica]:
+        """A worker is started once the one before it is gone."""
+        return [replica for replica in self.those(LOADING) if replica.replica_id not in self.lingering]
+
+    @precondition(lambda self: self.may_come())
     @rule(count=st.integers(1, 4), share=st.sampled_from([1.0, 1.0, 0.8]))
     def replicas_get_ready(self, count: int, share: float) -> None:
-        for replica in self.those(LOADING)[:count]:
+        for replica in self.may_come()[:count]:
             if self.workers.get(replica.replica_id) == LOADING:  # it was not told to end for another one that came
                 self.comes(replica, share)
 
     def comes(self, replica: Replica, share: float = 1.0) -> None:
+        takes = {d: int(need * share) for d, need in replica.need_bytes.items()}
+        if any(self.free_bytes(device_id) < size for device_id, size in takes.items()):
+            self.lose(replica, is_shortage=True)  # another program was faster
+            return
         self.workers[replica.replica_id] = SERVING
-        self.used[replica.replica_id] = {d: int(need * share) for d, need in replica.need_bytes.items()}
+        self.used[replica.replica_id] = takes
         self.scheduler.fleet.measured(replica.replica_id, dict(self.used[replica.replica_id]))
         self.scheduler.replica_ready(replica.replica_id, slots=replica.slots, model_digest=DIGEST, now=self.now)
+        self.perform()
+
+    @precondition(lambda self: self.lingering)
+    @rule(count=st.integers(1, 4), is_seen=st.booleans())
+    def processes_end(self, count: int, is_seen: bool) -> None:
+        for replica_id in list(self.lingering)[:count]:
+            self.lingering[replica_id] = {}
+            if is_seen:
+                self.look(*DEVICE_IDS)
+            self.process_ends(replica_id)
+
+    def process_ends(self, replica_id: str) -> None:
+        del self.lingering[replica_id]
+        self.scheduler.replica_gone(replica_id, self.now)
         self.perform()
 
     @precondition(lambda self: self.those(ENDING))
@@ -513,28 +552,31 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.scheduler.replica_unloaded(replica.replica_id, self.now)
         self.perform()
 
-    @precondition(lambda self: self.those(LOADING, SERVING))
-    @rule(pick=PICK, is_it=RARELY, is_shortage=st.booleans())
-    def replica_lost(self, pick: int, is_it: bool, is_shortage: bool) -> None:
-        if is_it:
-            alive = self.those(LOADING, SERVING)
-            self.lose(alive[pick % len(alive)], is_shortage=is_shortage)
+    def alive(self) -> list[Replica]:
+        return [*self.may_come(), *self.those(SERVING)]
 
-    def lose(self, replica: Replica, *, is_shortage: bool = False) -> None:
+    @precondition(lambda self: self.alive())
+    @rule(pick=PICK, is_it=RARELY, is_shortage=st.booleans(), is_gone=st.booleans())
+    def replica_lost(self, pick: int, is_it: bool, is_shortage: bool, is_gone: bool) -> None:
+        if is_it:
+            alive = self.alive()
+            self.lose(alive[pick % len(alive)], is_shortage=is_shortage, is_gone=is_gone)
+
+    def lose(self, replica: Replica, *, is_shortage: bool = False, is_gone: bool = True) -> None:
         replica_id = replica.replica_id
         others = {task_id for task_id, held_by in self.running.items() if held_by != replica_id}
-        self.end_worker(replica_id)
-        self.scheduler.replica_lost(replica_id, "gone", self.now, is_shortage=is_shortage)
+        self.end_worker(replica_id, is_gone=is_gone)
+        self.scheduler.replica_lost(replica_id, "gone", self.now, is_shortage=is_shortage, is_gone=is_gone)
         self.perform()
         assert set(self.running) >= others, "nothing else is disturbed"
         assert replica_id not in self.running.values()
         self.forget_tasks_of({replica_id})
 
-    @precondition(lambda self: self.those(LOADING, SERVING))
+    @precondition(lambda self: self.alive())
     @rule(pick=PICK, is_it=RARELY)
     def replica_is_given_up(self, pick: int, is_it: bool) -> None:
         """Its losses in a row, all at once."""
-        alive = self.those(LOADING, SERVING)
+        alive = self.alive()
         replica = alive[pick % len(alive)]
         while is_it and self.workers.get(replica.replica_id) in (LOADING, SERVING):
             self.lose(replica)
@@ -543,12 +585,15 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     # -- devices -------------------------------------------------------------------------------------------------------
 
+    def free_bytes(self, device_id: str) -> int:
+        used = sum(one.get(device_id, 0) for one in [*self.used.values(), *self.lingering.values()])
+        return self.scheduler.devices[device_id].vram_total_bytes - self.others[device_id] - used
+
     def look(self, *device_ids: str) -> None:
         for device_id in device_ids:
             device = self.scheduler.devices[device_id]
-            used = sum(one.get(device_id, 0) for one in self.used.values())
             problem, is_lost = self.problems[device_id]
-            free = device.vram_total_bytes - self.others[device_id] - used
+            free = self.free_bytes(device_id)
             assert free >= 0
             self.scheduler.device_seen(device_id, free, self.now, problem, is_lost=is_lost)
             holders = [r for r in self.scheduler.replicas.values() if device_id in r.device_ids and r.holds_memory]
@@ -556,11 +601,12 @@ class SchedulerMachine(RuleBasedStateMachine):
                 self.is_known[device_id] = True
                 assert device.external_bytes == self.others[device_id]
 
-    @rule(device_id=st.sampled_from(DEVICE_IDS), gib=st.sampled_from([0, 1, 4, 10, 24]), is_seen=OFTEN)
-    def other_programs_take(self, device_id: str, gib: int, is_seen: bool) -> None:
+    @rule(device_id=st.sampled_from(DEVICE_IDS), gib=st.sampled_from([0, 1, 4, 10, 24]), is_seen=OFTEN, is_it=RARELY)
+    def other_programs_take(self, device_id: str, gib: int, is_seen: bool, is_it: bool) -> None:
         """What nobody uses yet, be it that somebody is loading just now."""
-        used = sum(one.get(device_id, 0) for one in self.used.values())
-        self.others[device_id] = min(gib * GIB, self.scheduler.devices[device_id].vram_total_bytes - used)
+        if not is_it:
+            return
+        self.others[device_id] = min(gib * GIB, self.others[device_id] + self.free_bytes(device_id))
         self.is_known[device_id] = False
         if is_seen:
             self.look(device_id)
@@ -603,8 +649,10 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.scheduler.drain_pool(self.pick_pool(pool).spec.pool_id, self.now + seconds, self.now)
             self.perform()
 
-    @rule(pick=PICK, fields=POOLS, model=st.sampled_from(["new", "newer"]))
-    def reload_pool(self, pick: int, fields: dict[str, Any], model: str) -> None:
+    @rule(pick=PICK, fields=POOLS, model=st.sampled_from(["new", "newer"]), is_it=RARELY)
+    def reload_pool(self, pick: int, fields: dict[str, Any], model: str, is_it: bool) -> None:
+        if not is_it:
+            return
         old = self.pick_pool(pick)
         pool_id = old.spec.pool_id
         kind = {"keep_alive_s": old.spec.keep_alive_s, "is_on_demand": old.spec.is_on_demand}
@@ -633,11 +681,13 @@ class SchedulerMachine(RuleBasedStateMachine):
         due = self.scheduler.next_due()
         assert due is not None
         self.now = max(self.now, due)
-        if self.tick() == 0:
-            # Patience and residency may be over without anybody's being able to make room, and a device may be away
-            # still; but nobody is woken for that at once again.
+        pools = list(self.scheduler.fleet.every_pool())
+        waits = [pool for pool in pools if pool.waiting_since_s is not None or pool.drain_until_s == due]
+        before = {replica_id: replica.state for replica_id, replica in self.scheduler.replicas.items()}
+        if self.tick() == 0 and before == {one: replica.state for one, replica in self.scheduler.replicas.items()}:
+            # Patience and residency may be over without anybody's being able to make room, a device may be away still,
+            # and a pool whose deadline passes may have aborted tasks only; but nobody is woken for that at once again.
             retries = [r for r in self.scheduler.replicas.values() if r.state is ReplicaState.BACKOFF]
-            waits = [pool for pool in self.scheduler.fleet.every_pool() if pool.waiting_since_s is not None]
             assert retries or waits, "nobody is woken for nothing"
             due = self.scheduler.next_due()
             assert due is None or due > self.now
@@ -661,7 +711,9 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     def make_progress(self) -> bool:
         """Whatever is under way comes to its end. False where nothing was."""
-        found = bool(self.running or self.aborting or self.workers.keys() - {r.replica_id for r in self.those(SERVING)})
+        found = bool(self.running or self.aborting or self.lingering or self.those(LOADING, ENDING))
+        for replica_id in list(self.lingering):
+            self.process_ends(replica_id)
         for holders, says in ((self.running, "finished"), (self.aborting, "released")):
             for task_id in list(holders):
                 if holders.pop(task_id, None) is not None:
@@ -682,6 +734,7 @@ class SchedulerMachine(RuleBasedStateMachine):
                 if due is None or (self.scheduler.is_idle and not self.reloads()):
                     return
                 self.now = max(self.now, due)
+                self.look(*DEVICE_IDS)
                 self.tick()
 
     def reloads(self) -> list[str]:
@@ -689,7 +742,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     def could_be_loaded(self, pool: Pool) -> bool:
         """By what the devices have to give besides what stays there."""
-        for replica in pool.replicas.values():
+        for replica in [r for r in pool.replicas.values() if r.state is not ReplicaState.FAILED]:
             staying = [r for r in self.scheduler.replicas.values() if r.is_pinned and r is not replica]
             taken = {
                 d: sum(r.need_bytes.get(d, 0) for r in staying if r.holds_memory or r.is_promised) for d in DEVICE_IDS
@@ -699,19 +752,36 @@ class SchedulerMachine(RuleBasedStateMachine):
                 return True
         return False
 
+    def story(self, pool: Pool) -> str:
+        """Who waits gets a model in the end; when not, this is what there is."""
+        fleet, lines = self.scheduler.fleet, [f"{pool.spec.pool_id} waits since {pool.waiting_since_s}, at {self.now}"]
+        for other in fleet.every_pool():
+            lines.append(
+                f"{other.spec.pool_id}: {list(other.queue)} {other.why_not_loaded} {other.last_reload} "
+                f"draining {other.is_draining} paused {other.is_paused}"
+            )
+            for r in other.replicas.values():
+                needs = {d: need / GIB for d, need in r.need_bytes.items()}
+                lines.append(
+                    f"  {r.replica_id} {r.state} {needs} pinned {r.is_pinned} promised {r.is_promised} closing "
+                    f"{r.is_closing} {r.leases} retry {r.retry_at_s} {r.last_error}"
+                )
+        free = {d: fleet.ledger.free_bytes(d) / GIB for d in DEVICE_IDS}
+        return "\n".join([*lines, f"free {free}"])
+
     def check_that_nobody_waits_for_ever(self) -> None:
         if self.scheduler.is_draining:
             return
         self.play_on()  # with the devices as they are
         for pool in self.scheduler.fleet.every_pool():
-            assert pool.is_idle or pool.why_not_loaded or pool.last_error, "who waits is told why"
+            assert pool.is_idle or pool.why_not_loaded or pool.last_error, self.story(pool)
         for device_id in DEVICE_IDS:
             self.problems[device_id], self.others[device_id] = (None, False), 0
         self.look(*DEVICE_IDS)
         self.tick()
         self.play_on()
         for pool in self.scheduler.fleet.every_pool():
-            assert pool.is_idle or not self.could_be_loaded(pool), "who waits gets a model in the end"
+            assert pool.is_idle or not self.could_be_loaded(pool), self.story(pool)
         if self.scheduler.is_idle:
             assert not self.reloads(), "a reload ends"
             assert list(self.scheduler.fleet.every_pool()) == list(self.scheduler.pools.values())
@@ -733,6 +803,8 @@ class SchedulerMachine(RuleBasedStateMachine):
                 self.lose(replica)
         for replica in self.those(ENDING):
             self.goes(replica)
+        for replica_id in list(self.lingering):
+            self.process_ends(replica_id)
         assert all(life.effects[-1] == "Ended" for life in self.lives.values())
         self.now += 1000.0
         self.tick()
@@ -755,7 +827,8 @@ class SchedulerMachine(RuleBasedStateMachine):
                 assert slot in range(replica.slots)
                 slots.setdefault(task_id, []).append(slot)
             assert not slots or replica.state is ReplicaState.READY
-            assert replica.slots == self.scheduler.fleet.owner(replica).spec.slots
+            most = self.scheduler.fleet.owner(replica).spec.slots
+            assert replica.slots == most or (replica.sizes and 1 <= replica.slots <= most)
             assert not held.keys() & slots.keys(), "no task is on two replicas"
             held |= {task_id: Lease(replica.replica_id, tuple(those)) for task_id, those in slots.items()}
         assert {task.task_id: task.lease for task in self.scheduler.tasks.values() if task.lease is not None} == held
@@ -844,6 +917,14 @@ class SchedulerMachine(RuleBasedStateMachine):
         for device_id in DEVICE_IDS:
             held = sum(r.need_bytes.get(device_id, 0) for r in self.scheduler.replicas.values() if r.holds_memory)
             assert held == ledger.held_bytes(device_id) <= ledger.capacity_bytes(device_id)
+            assert all(
+                self.used.get(r.replica_id, {}).get(device_id, 0) <= r.need_bytes.get(device_id, 0)
+                for r in self.scheduler.replicas.values()
+            ), "what a worker takes is held for it"
+            for replica_id, used in self.lingering.items():
+                replica = self.scheduler.replicas[replica_id]
+                assert replica.holds_memory
+                assert used.get(device_id, 0) <= replica.need_bytes.get(device_id, 0), "until its process is gone"
 
     @invariant()
     def workers_are_where_the_states_say(self) -> None:
@@ -854,7 +935,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         for replica in self.scheduler.replicas.values():
             is_there = replica.state in expected.values() and replica.is_launched
             assert is_there is (replica.replica_id in has_worker)
-            assert not replica.is_closing or replica.leases or replica.state is ReplicaState.UNLOADING
+            is_leaving = bool(replica.leases) or replica.state is ReplicaState.UNLOADING
+            assert not replica.is_closing or is_leaving or self.scheduler.is_draining
             assert not replica.is_promised or not self.scheduler.is_draining
 
     @invariant()
@@ -872,7 +954,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
 
 SchedulerMachine.TestCase.settings = settings(
-    max_examples=4, stateful_step_count=50, derandomize=True, deadline=None, database=None
+    max_examples=60, stateful_step_count=50, derandomize=True, deadline=None, database=None
 )
 
 

@@ -122,7 +122,7 @@ class Fleet:
 
     def measured(self, replica_id: str, need_bytes: dict[str, int]) -> None:
         """What a loaded replica was seen to take, in place of what was predicted."""
-        self.replicas[replica_id].need_bytes = {**self.replicas[replica_id].need_bytes, **need_bytes}
+        self.replicas[replica_id].measured(need_bytes)
 
     # -- what is loaded ------------------------------------------------------------------------------------------------
 
@@ -200,7 +200,7 @@ class Fleet:
 
     def load(self, replica: Replica, now: float) -> None:
         """Start a replica for which there is room, with as many slots as there is room for."""
-        if replica.state is not ReplicaState.BACKOFF:
+        if replica.state is not ReplicaState.BACKOFF and not replica.is_lingering:
             self._grow(replica)
         if replica.state is ReplicaState.LOADING:  # it was promised the room
             replica.is_launched, replica.loading_since_s = True, now
@@ -296,7 +296,8 @@ class Fleet:
         replica.mark_short(reason)
         replica.need_more(SHORTAGE_GROWTH)
         replica.shrink()
-        is_hopeless = any(need > self.ledger.capacity_bytes(d) for d, need in replica.need_bytes.items())
+        growth = replica.need_growth
+        is_hopeless = any(need * growth > self.ledger.capacity_bytes(d) for d, need in replica.need_bytes.items())
         if replica.shortages > SHORTAGES_MAX or is_hopeless:
             replica.give_up(now)
 
@@ -328,7 +329,7 @@ class Fleet:
                     hard.append(replica.retry_at_s)
                 if keep_s is not None and replica.state is ReplicaState.READY and pool.is_idle:
                     soft.append(max(replica.last_used_s + keep_s, pool.wanted_until_s))
-            if pool.hopeless_since_s is not None:
+            if pool.hopeless_since_s is not None and len(pool.queue):
                 soft.append(pool.hopeless_since_s + HOPE_S)
             if pool.waiting_since_s is not None:
                 soft += self._due_of_a_wait(pool)

@@ -91,8 +91,8 @@ class Ledger:
         return {device_id: lack for device_id, lack in found.items() if lack > 0}
 
     def staying_bytes(self, device_id: str) -> int:
-        """Held by replicas that nobody can make leave."""
-        return self._sum(device_id, (r for r in self._replicas.values() if r.is_pinned and r.holds_memory))
+        """Held by replicas that nobody can make leave, or promised to them."""
+        return self._sum(device_id, (r for r in self._replicas.values() if r.is_staying))
 
     def contested_bytes(self, device_id: str) -> int:
         """What is free, or held by who can be made to leave."""
@@ -113,8 +113,9 @@ class Ledger:
 
     def can_restart(self, replica: Replica) -> bool:
         """Whether a replica in backoff, whose memory is kept for it, finds that memory there. Others in backoff hold
-        nothing in truth: whoever is first takes it."""
-        others = [r for r in self._replicas.values() if r.state is ReplicaState.BACKOFF]
+        nothing in truth once their process is gone: whoever is first takes it."""
+        waiting = [r for r in self._replicas.values() if r.state is ReplicaState.BACKOFF]
+        others = [r for r in waiting if r is replica or not r.is_lingering]
         return self.is_sound(replica) and all(
             need <= self.unheld_bytes(device_id) + self._sum(device_id, others)
             for device_id, need in replica.need_bytes.items()

@@ -185,7 +185,7 @@ class Planner:
         )
 
     def _could_fit(self, replica: Replica) -> bool:
-        own = replica.need_bytes if replica.is_pinned and replica.holds_memory else {}
+        own = replica.need_bytes if replica.is_staying else {}
         return self._ledger.is_sound(replica) and all(
             need <= self._ledger.contested_bytes(d) + own.get(d, 0) for d, need in replica.need_bytes.items()
         )
@@ -207,5 +207,6 @@ class Planner:
 
 
 def loadable(pool: Pool) -> list[Replica]:
-    """The pool's replicas that may be loaded when they are needed."""
-    return [r for r in pool.replicas.values() if r.state is ReplicaState.UNLOADED and not r.is_pinned]
+    """The pool's replicas that may be loaded when they are needed: not one whose last process is still there."""
+    idle = [r for r in pool.replicas.values() if r.state is ReplicaState.UNLOADED and not r.is_pinned]
+    return [replica for replica in idle if not replica.is_lingering]

@@ -96,6 +96,7 @@ class Replica:
     has_served: bool = False  # since it was last unloaded
     shortages: int = 0  # of memory, in a row
     need_factor: float = 1.0  # by which it took more than was predicted, as its shortages say
+    need_growth: float = 1.0  # of it, what is not in `need_bytes` yet: that is what the process has that is still there
     ready_since_s: float | None = None
     loading_since_s: float = 0.0
     promised_since_s: float | None = None  # others had to leave first
@@ -118,10 +119,15 @@ class Replica:
         return self.state is ReplicaState.LOADING and not self.is_launched
 
     @property
+    def is_staying(self) -> bool:
+        """It has memory, or was promised some, that nobody can make it give up."""
+        return self.is_pinned and (self.holds_memory or self.is_promised)
+
+    @property
     def is_leaving(self) -> bool:
         """Its memory comes back without anybody's doing."""
-        is_on_its_way = self.is_closing or self.state is ReplicaState.UNLOADING or self.state not in HOLDS_MEMORY
-        return self.holds_memory and is_on_its_way
+        is_over = self.state not in HOLDS_MEMORY or self.is_promised  # a lost worker, whose process is not gone
+        return self.holds_memory and (is_over or self.is_closing or self.state is ReplicaState.UNLOADING)
 
     @property
     def is_coming(self) -> bool:
@@ -200,6 +206,13 @@ class Replica:
         self.slots = slots
         self.need_bytes = {d: round(need * self.need_factor) for d, need in self.sizes[slots - 1].items()}
 
+    def measured(self, need_bytes: Mapping[str, int]) -> None:
+        """What it was seen to take, in place of what was predicted. Where it has one size only, the next prediction is
+        that, and no longer what its shortages made of the first one."""
+        self.need_bytes = {**self.need_bytes, **need_bytes}
+        if not self.sizes:
+            self.need_factor = 1.0
+
     def shrink(self) -> None:
         """Back to the least that it can be loaded with, which is what counts as long as it is not."""
         if self.sizes and not self.is_lingering:
@@ -208,13 +221,20 @@ class Replica:
     def mark_gone(self) -> None:
         """The process of its lost worker has ended, and its memory is back."""
         self.is_lingering = False
+        self._grow()
         if not self.holds_memory:
             self.shrink()
 
     def need_more(self, factor: float) -> None:
         """What was predicted was too little; until the quarantine ends."""
         self.need_factor *= factor
-        self.need_bytes = {device_id: round(need * factor) for device_id, need in self.need_bytes.items()}
+        self.need_growth *= factor
+        self._grow()
+
+    def _grow(self) -> None:
+        if not self.is_lingering:
+            self.need_bytes = {d: round(need * self.need_growth) for d, need in self.need_bytes.items()}
+            self.need_growth = 1.0
 
     def mark_homeless(self) -> None:
         """It cannot be started again where it was: it is planned anew, and its losses go on to count."""
@@ -247,8 +267,8 @@ class Replica:
         self.step(ReplicaEvent.REVIVE)
         self.losses_in_a_row, self.shortages, self.failed_at_s, self.last_error = 0, 0, None, None
         if self.need_factor != 1.0:  # it was another program's memory, perhaps
-            self.need_bytes = {d: round(need / self.need_factor) for d, need in self.need_bytes.items()}
-            self.need_factor = 1.0
+            self.need_growth, self.need_factor = self.need_growth / self.need_factor, 1.0
+            self._grow()
         self.shrink()
 
     def mark_stopped(self) -> None:

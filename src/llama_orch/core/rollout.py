@@ -1,7 +1,8 @@
 """Another model in a pool's place, as a whole or not at all (HP-CTL-2).
 
 Where the devices have room for both, the new model is loaded beside the old one. Else the old one finishes what it was
-given, leaves, and the new one is loaded in its room; meanwhile the pool takes no new tasks. Either way a task runs on
+given, leaves, and the new one is loaded in its room; meanwhile the pool takes no new tasks, and no other reload takes
+what room is left over, since the old one may have to come back. Either way a task runs on
 the model that it was admitted for: the new model is a Pool of its own, with a queue of its own, that takes over the id
 once all of its replicas serve. If one of them does not, the new ones leave and the old ones stay or come back.
 """
@@ -52,7 +53,7 @@ class Rollouts:
         self._fleet.coming[pool_id] = new
         self._fleet.add(new)
         _promise(new, now)
-        if self._fit_beside(new, now):
+        if not self._is_undecided_near(new) and self._fit_beside(new, now):
             old.last_reload = f"loading {new.spec.model} beside {old.spec.model}"
             return
         for replica in new.replicas.values():
@@ -60,6 +61,12 @@ class Rollouts:
         rollout.phase = Phase.DRAINING
         old.is_paused = True
         old.last_reload = f"waiting for the tasks of {old.spec.model}, then loading {new.spec.model} in its place"
+
+    def _is_undecided_near(self, new: Pool) -> bool:
+        """Whether another old model, on one of the same devices, has left and may have to come back: until that is
+        known nobody takes its room."""
+        undecided = [one.old for one in self._by_pool.values() if one.phase is Phase.IN_PLACE and one.new is not new]
+        return any(not _devices(new).isdisjoint(_devices(old)) for old in undecided)
 
     def _fit_beside(self, new: Pool, now: float) -> bool:
         """Whether all of them have room while the old ones stay, those that were loaded on demand and are idle left
@@ -73,6 +80,17 @@ class Rollouts:
             return False
         leaving = self._fleet.planner.room_makers(replica, now)
         return leaving is not None and not any(victim.is_busy for victim in leaving)
+
+    def _fits_in_place(self, old: Pool, new: Pool) -> bool:
+        """Whether there is room for all of them once the old ones have left, and what was loaded on demand."""
+        ledger = self._fleet.ledger
+        staying = [r for r in old.replicas.values() if r.is_staying]
+        for device_id in _devices(new):
+            need = sum(r.need_bytes.get(device_id, 0) for r in new.replicas.values())
+            old_bytes = sum(r.need_bytes.get(device_id, 0) for r in staying)
+            if need > ledger.contested_bytes(device_id) + old_bytes:
+                return False
+        return all(ledger.is_sound(r) for r in new.replicas.values())
 
     def of(self, replica: Replica) -> Rollout | None:
         """The rollout that brings this replica."""
@@ -118,7 +136,10 @@ class Rollouts:
 
     def _step(self, rollout: Rollout, now: float) -> bool:
         old, new = rollout.old, rollout.new
-        if rollout.phase is Phase.DRAINING and old.is_idle:
+        if rollout.phase is Phase.DRAINING and old.is_idle and not self._is_undecided_near(new):
+            if not self._fits_in_place(old, new):  # the old one need not leave in order to find that out
+                self.failed(old.spec.pool_id, shortage(new.replicas.values(), self._fleet.ledger), now)
+                return True
             rollout.phase = Phase.IN_PLACE
             old.last_reload = f"loading {new.spec.model} in place of {old.spec.model}"
             for replica in old.replicas.values():
@@ -138,6 +159,10 @@ class Rollouts:
         if not pool.is_loaded:
             self._fleet.retiring.remove(pool)
             self._fleet.dispose(pool)
+
+
+def _devices(pool: Pool) -> set[str]:
+    return {device_id for replica in pool.replicas.values() for device_id in replica.device_ids}
 
 
 def _promise(pool: Pool, now: float) -> None:

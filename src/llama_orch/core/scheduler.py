@@ -271,9 +271,9 @@ class Scheduler:
         it could not be loaded because its devices had less room than was thought. Unless it `is_gone`, its process
         still has its memory, and `replica_gone` comes."""
         replica = self.replicas[replica_id]
-        replica.is_lingering = not is_gone
         if not replica.is_launched or replica.state not in (ReplicaState.LOADING, ReplicaState.READY):
             return  # it was told to end before this was reported: `replica_unloaded` comes
+        replica.is_lingering = not is_gone
         pool = self.fleet.owner(replica)
         for task_id in dict.fromkeys(replica.leases.values()):
             task = self.tasks[task_id]
