@@ -231,10 +231,11 @@ def run_one_of_each(client: httpx.Client, service: LiveService) -> None:
     assert client.post("/v1/pools/full/reload", json={"new_model_ref": full}).status_code == 202
     until(lambda: client.get("/v1/pools/full/health").json()["last_reload"].startswith("done: "))
     until(lambda: "replica_evictions_total{" in client.get("/metrics").text)
-    lost_task = submit(client, prompt="Once upon a time", max_tokens=2000)
-    for worker in children(service.pid):
+    workers = children(service.pid)
+    several = [submit(client, prompt="Once upon a time", max_tokens=2000) for _ in range(6)]  # one of them runs
+    for worker in workers:
         os.kill(worker, signal.SIGKILL)
-    assert last_frame(client, lost_task) == "error"
+    assert "error" in [last_frame(client, task_id) for task_id in several]
 
 
 def children(pid: int) -> list[int]:
