@@ -18,7 +18,7 @@ from llama_orch.engines.ctransformers import CtransformersEngine
 from llama_orch.engines.llamacpp import LlamaCppEngine
 from llama_orch.engines.simulated import ServiceModel, SimulatedEngine, SimulatedWorker
 
-from .support import a_job, a_spec, a_worker, collect, run, text_of, until
+from .support import PROMPT, a_job, a_spec, a_worker, collect, run, text_of, until
 
 ENGINES: dict[str, Callable[[Path], Engine]] = {
     "llamacpp": lambda _: LlamaCppEngine(),
@@ -247,13 +247,38 @@ def test_kv_is_reused_when_asked_and_gone_when_evicted(engine: Engine, tiny_mode
 
     async def main() -> None:
         async with a_worker(engine, a_spec(tiny_model)) as worker:
-            await collect(worker, a_job(reuse_kv=True))
-            _, warm = await collect(worker, a_job(prompt=a_job().prompt + " more", reuse_kv=True))
+            await collect(worker, a_job(kv_reuse="any"))
+            _, warm = await collect(worker, a_job(prompt=a_job().prompt + " more", kv_reuse="any"))
             assert warm.tokens_cached > 0
             await worker.evict(0)
-            _, cold = await collect(worker, a_job(reuse_kv=True))
+            _, cold = await collect(worker, a_job(kv_reuse="any"))
             assert cold.tokens_cached == 0
 
+    run(main())
+
+
+@pytest.mark.spec("HP-DET-1", "HP-SES-3")
+def test_an_exact_reuse_leaves_every_byte(engine: Engine, tiny_model: Path) -> None:
+    """Turn after turn of a conversation on its slot: the engine reads only the new part, and says what it would have
+    said cold. What is not exact any more, because others or an inexact run used the slot, is read anew."""
+
+    async def main() -> None:
+        async with a_worker(engine, a_spec(tiny_model, ctx=1024)) as worker:
+            for seed in range(6):
+                history = " ".join([PROMPT] * (9 + seed))
+                for turn in range(3):
+                    told = {"prompt": history, "seed": seed, "max_tokens": 16}
+                    chunks, warm = await collect(worker, a_job(**told, kv_reuse="exact"))
+                    assert (warm.tokens_cached >= 64) is (turn > 0), (seed, turn)
+                    assert warm.tokens_cached < warm.tokens_in
+                    history += text_of(chunks) + " and then" + f" {PROMPT}" * (1 + seed)
+                    turns.append((told, text_of(chunks)))
+                await collect(worker, a_job(prompt="Once", kv_reuse="any" if seed % 2 else "none"))
+            for told, text in turns:
+                chunks, cold = await collect(worker, a_job(**told))
+                assert (cold.tokens_cached, text_of(chunks)) == (0, text)
+
+    turns: list[tuple[dict[str, object], str]] = []
     run(main())
 
 

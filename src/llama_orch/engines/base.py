@@ -14,6 +14,9 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 FinishReason = Literal["stop", "length"]
+# What a job may take over of the KV that its slot holds: nothing; as much as leaves its bytes as they would be without;
+# or all that matches.
+KvReuse = Literal["none", "exact", "any"]
 
 
 class EngineError(Exception):
@@ -135,7 +138,7 @@ class Job:
     seed: int  # 0 to 2**63 - 1; an engine with a smaller range maps it deterministically
     sampling: Sampling
     slot: int  # the slot that the scheduler leased
-    reuse_kv: bool = False  # False: the prompt is evaluated from its first token
+    kv_reuse: KvReuse = "none"
     idle_timeout_s: float = 60.0  # raise DecodeStalled when nothing comes for this long
 
 

@@ -72,7 +72,7 @@ class CompletionEvent(msgspec.Struct, frozen=True):
 class CompletionBody(msgspec.Struct, frozen=True):
     """Everything that a completion may ask of an engine; the names are the dialect's."""
 
-    prompt: str
+    prompt: str | list[int]
     n_predict: int
     seed: int
     id_slot: int
@@ -83,6 +83,8 @@ class CompletionBody(msgspec.Struct, frozen=True):
     min_p: float
     repeat_penalty: float
     stop: tuple[str, ...]
+    # Of our own dialect (workers/ctransformers.py): take over only what a run from the first token would also have.
+    cache_exact: bool | msgspec.UnsetType = msgspec.UNSET
     stream: bool = True
     # Progress events during prefill make a long prompt different from a hang.
     return_progress: bool = True
@@ -140,7 +142,11 @@ class LlamaClient:
 
     async def count_tokens(self, text: str) -> int:
         """Tokens of `text` with the start-of-text token."""
-        return len((await self._ask("POST", "/tokenize", {"content": text, "add_special": True}, _Tokens)).tokens)
+        return len(await self.tokenize(text))
+
+    async def tokenize(self, text: str) -> list[int]:
+        """The tokens that the engine makes of a prompt."""
+        return (await self._ask("POST", "/tokenize", {"content": text, "add_special": True}, _Tokens)).tokens
 
     async def apply_template(self, messages: list[dict[str, str]]) -> str:
         """The prompt that the model's chat template makes of `messages`."""
@@ -299,7 +305,7 @@ def completion_body(job: Job, slots: int) -> CompletionBody:
         n_predict=job.max_tokens,
         seed=map_seed(job.seed),
         id_slot=job.slot,
-        cache_prompt=job.reuse_kv,
+        cache_prompt=job.kv_reuse != "none",
         temperature=sampling.temperature,
         top_k=sampling.top_k,
         top_p=sampling.top_p,

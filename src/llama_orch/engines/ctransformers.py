@@ -21,7 +21,10 @@ _TENSOR_TYPES = frozenset(
     {"F32", "F16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"}
 )
 
-_DETERMINISM = "strict: the same bytes for the same seed; it runs one sequence at a time"
+_DETERMINISM = (
+    "strict: the same bytes for the same seed; it runs one sequence at a time, and takes over a session's KV only in "
+    "whole batches of its prompt. best_effort: with a session's KV the bytes may differ"
+)
 
 
 def is_installed() -> bool:
@@ -68,6 +71,7 @@ class CtransformersEngine:
             spec,
             has_chat_template=header.chat_template is not None,
             settings={"chat_template": header.chat_template},
+            has_exact_cache=True,
             stall_timeout_s=self._stall_timeout_s,
         )
 

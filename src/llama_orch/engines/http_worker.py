@@ -11,6 +11,8 @@ import secrets
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import suppress
 
+from msgspec import structs
+
 from llama_orch.engines.base import (
     Chunk,
     Completion,
@@ -24,6 +26,7 @@ from llama_orch.engines.base import (
     load_failed,
 )
 from llama_orch.engines.client import (
+    CompletionBody,
     CompletionEvent,
     CompletionStream,
     LlamaClient,
@@ -31,6 +34,7 @@ from llama_orch.engines.client import (
     Timings,
     completion_body,
 )
+from llama_orch.engines.exact_prefix import ExactPrefixes, other_than
 from llama_orch.engines.process import STALL_TIMEOUT_S, WorkerProcess
 
 _START_WAIT_S = 0.25
@@ -40,13 +44,25 @@ _POLL_MAX_S = 0.05
 
 
 class HttpWorker:
-    """One running replica of llamacpp or ctransformers."""
+    """One running replica of llamacpp or ctransformers. `exact`: what keeps its prefixes where the engine itself cannot
+    tell which of them leave an answer's bytes as they are; None: it can (`has_exact_cache`), or nobody can."""
 
-    def __init__(self, process: WorkerProcess, client: LlamaClient, spec: ReplicaSpec, has_chat_template: bool) -> None:
+    def __init__(
+        self,
+        process: WorkerProcess,
+        client: LlamaClient,
+        spec: ReplicaSpec,
+        *,
+        has_chat_template: bool,
+        has_exact_cache: bool = False,
+        exact: ExactPrefixes | None = None,
+    ) -> None:
         self._process = process
         self._client = client
         self._spec = spec
         self._has_chat_template = has_chat_template
+        self._has_exact_cache = has_exact_cache
+        self._exact = exact
         self._launched_at = asyncio.get_running_loop().time()
 
     async def ready(self) -> WorkerFacts:
@@ -81,16 +97,22 @@ class HttpWorker:
     async def evict(self, slot: int) -> None:
         if not 0 <= slot < self._spec.slots:
             raise JobRefused(f"there is no slot {slot}")
+        if self._exact is not None:
+            self._exact.forget(slot)
         await self._client.erase(slot)
 
     async def generate(self, job: Job) -> AsyncGenerator[Chunk | Completion, None]:
-        stream = self._client.complete(completion_body(job, self._spec.slots), job.idle_timeout_s)
+        body, tokens = await self._prepared(job)
+        stream = self._client.complete(body, job.idle_timeout_s)
         last = CompletionEvent()
         try:
             async for event in stream.events():
                 new = event.tokens_predicted - last.tokens_predicted
                 if new < 0:
                     raise WorkerLost("the engine counts its tokens backwards")
+                if tokens is not None and new and self._exact is not None:
+                    self._exact.keep(job.slot, tokens)
+                    tokens = None
                 last = event
                 if event.content or new:
                     yield Chunk(event.content, new)
@@ -106,6 +128,46 @@ class HttpWorker:
             stream.close()
         # Outside of the block above: who leaves after the last item has nothing to cancel.
         yield _completion(last)
+
+    async def _prepared(self, job: Job) -> tuple[CompletionBody, list[int] | None]:
+        """What to send, and the prompt's tokens where they will be worth remembering."""
+        body = completion_body(job, self._spec.slots)
+        if self._exact is not None:
+            if job.kv_reuse == "exact":
+                return await self._exactly(body, job, self._exact)
+            self._exact.forget(job.slot)
+        if job.kv_reuse == "exact":
+            return structs.replace(body, cache_prompt=self._has_exact_cache, cache_exact=self._has_exact_cache), None
+        return body, None
+
+    async def _exactly(
+        self, body: CompletionBody, job: Job, exact: ExactPrefixes
+    ) -> tuple[CompletionBody, list[int] | None]:
+        """llama.cpp takes over all that matches. So the slot is cut back first to the whole batches that may be, by a
+        run over them and one token that does not belong there; the engine's own count says whether that went well."""
+        tokens = await self._client.tokenize(job.prompt)
+        reusable = exact.reusable(job.slot, tokens)
+        exact.forget(job.slot)
+        is_cut = False
+        if reusable:
+            cut = [*tokens[:reusable], other_than(tokens[reusable], tokens)]
+            done = await self._run_to_its_end(structs.replace(body, prompt=cut, n_predict=1, cache_prompt=True), job)
+            is_cut = done is not None and done.cache_n == reusable
+        return structs.replace(body, prompt=tokens, cache_prompt=is_cut), tokens
+
+    async def _run_to_its_end(self, body: CompletionBody, job: Job) -> Timings | None:
+        stream = self._client.complete(body, job.idle_timeout_s)
+        timings = None
+        try:
+            async for event in stream.events():
+                timings = event.timings
+        except asyncio.CancelledError:
+            with suppress(WorkerLost):
+                await self._cancel(stream, job)
+            raise
+        finally:
+            stream.close()
+        return timings
 
     async def stop(self, grace_s: float) -> None:
         await self._process.stop(grace_s)
@@ -151,11 +213,15 @@ async def launch_worker(
     module: str,
     engine: str,
     spec: ReplicaSpec,
+    *,
     has_chat_template: bool,
     settings: Mapping[str, object],
+    has_exact_cache: bool = False,
+    exact_batch: int | None = None,
     stall_timeout_s: float = STALL_TIMEOUT_S,
 ) -> HttpWorker:
-    """Start workers/<module> for `spec`, with the engine's own `settings` beside those that every worker takes."""
+    """Start workers/<module> for `spec`, with the engine's own `settings` beside those that every worker takes.
+    `exact_batch`: tokens of a prompt that it evaluates at once, where its slots may be cut back to whole batches."""
     fields = {"engine": engine, "pool_id": spec.pool_id, "replica_id": spec.replica_id}
     try:
         process = WorkerProcess(f"llama_orch.workers.{module}", fields, stall_timeout_s)
@@ -176,7 +242,14 @@ async def launch_worker(
         **settings,
     }
     await process.start(configuration, spec.device_uuids, secret=api_key)
-    return HttpWorker(process, LlamaClient(socket_path, api_key), spec, has_chat_template)
+    return HttpWorker(
+        process,
+        LlamaClient(socket_path, api_key),
+        spec,
+        has_chat_template=has_chat_template,
+        has_exact_cache=has_exact_cache,
+        exact=None if exact_batch is None else ExactPrefixes(exact_batch),
+    )
 
 
 def _completion(event: CompletionEvent) -> Completion:

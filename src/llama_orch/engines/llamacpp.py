@@ -17,7 +17,9 @@ from llama_orch.engines.base import EngineTraits, LoadFailed, ReplicaSpec
 from llama_orch.engines.http_worker import HttpWorker, launch_worker
 from llama_orch.engines.process import STALL_TIMEOUT_S, worker_environment
 from llama_orch.models.gguf import GgufError, GgufHeader, read_gguf_header
+from llama_orch.models.kv_shape import keeps_every_token
 from llama_orch.workers.llama_server import refused_argument
+from llama_orch.workers.llamacpp import batch_size
 
 Launcher = Literal["embedded", "binary"]
 
@@ -27,8 +29,9 @@ _REQUIRED = ("context_length", "embedding_length", "block_count")  # of every ar
 _VERSION = re.compile(r"version: (?:\S+ \(build )?(\d+)(?: \(|, commit )(\w+)\)")
 
 _DETERMINISM = (
-    "strict: the same bytes for the same seed while the task has its replica to itself, with the prompt evaluated from "
-    "its first token; beside other running sequences about 1 stream in 32 differs on a CPU"
+    "strict: the same bytes for the same seed; the task has its replica to itself, and takes over a session's KV only "
+    "in whole batches of its prompt, evaluated as they would be without it. best_effort: beside other running "
+    "sequences about 1 stream in 32 differs on a CPU, with a session's KV more"
 )
 
 
@@ -92,6 +95,8 @@ class LlamaCppEngine:
             spec,
             has_chat_template=header.chat_template is not None,
             settings=settings,
+            # Where a layer forgets, llama.cpp goes on from a checkpoint, in other batches than a cold run.
+            exact_batch=batch_size({"gpu": spec.backend == "cuda"}) if keeps_every_token(header) else None,
             stall_timeout_s=self._stall_timeout_s,
         )
 

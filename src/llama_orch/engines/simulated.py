@@ -224,7 +224,7 @@ class SimulatedWorker:
         self._check_job(job, len(prompt))
         self._busy.add(job.slot)
         try:
-            cached = _common(prompt, self._held.get(job.slot, [])) if job.reuse_kv else 0
+            cached = _common(prompt, self._held.get(job.slot, [])) if job.kv_reuse != "none" else 0
             held = self._held[job.slot] = prompt.copy()
             prefill_s = await self._read(len(prompt) - cached, job.idle_timeout_s)
             stops = StopStrings(job.sampling.stop)

@@ -11,7 +11,7 @@ from msgspec import UNSET
 from llama_orch.contract.config import SamplerProfileSettings
 from llama_orch.contract.models import FinishReason, KvHint, TaskRequest
 from llama_orch.core.task import Outcome, Task
-from llama_orch.engines.base import Chunk, Completion, Job, Sampling, Worker
+from llama_orch.engines.base import Chunk, Completion, Job, KvReuse, Sampling, Worker
 from llama_orch.runtime.streams import TaskStream
 
 # Task.inputs run one after the other; each but the first gets a seed of its own, so that equal inputs may differ.
@@ -46,11 +46,12 @@ def sampling_of(request: TaskRequest, profile: SamplerProfileSettings) -> Sampli
     )
 
 
-def may_reuse_kv(task: Task) -> bool:
-    """A strict task is evaluated from its first token: a warm prefix changes the numbers (HP-DET-1)."""
+def kv_reuse(task: Task) -> KvReuse:
+    """A warm prefix may change the numbers; a strict task takes over only what does not (HP-DET-1, HP-SES-3)."""
     hint = task.request.kv_hint
-    wants = hint is KvHint.REUSE or (hint is None and task.request.session_id is not None)
-    return wants and not task.is_strict
+    if hint is KvHint.COLD or (hint is None and task.request.session_id is None):
+        return "none"
+    return "exact" if task.is_strict else "any"
 
 
 async def decode(task: Task, given: Assignment, stream: TaskStream, progressed: Callable[[int], None]) -> Outcome:
@@ -79,7 +80,7 @@ def _job(task: Task, prompt: str, number: int, given: Assignment) -> Job:
         seed=(task.seed + number) & _SEED_MAX,
         sampling=given.sampling,
         slot=task.lease.slots[0],
-        reuse_kv=may_reuse_kv(task),
+        kv_reuse=kv_reuse(task),
         idle_timeout_s=given.idle_timeout_s,
     )
 

@@ -46,6 +46,7 @@ class CtransformersModel:
         self._template = configuration["chat_template"]
         self.n_ctx = int(self._llm.context_length)
         self._n_vocab = int(self._llm.vocab_size)
+        self._n_exact = 0  # held tokens that were evaluated in whole batches from the first one on
 
     def tokenize(self, text: str, add_special: bool) -> list[int]:
         raw = text.encode()
@@ -68,24 +69,32 @@ class CtransformersModel:
     def is_end(self, token: int) -> bool:
         return bool(self._llm.is_eos_token(token))
 
-    def reuse(self, tokens: list[int]) -> int:
+    def reuse(self, tokens: list[int], is_exact: bool) -> int:
         held = self._llm._context
-        n_same = 0
-        while n_same < min(len(tokens) - 1, len(held)) and tokens[n_same] == held[n_same]:
-            n_same += 1
-        del held[n_same:]
+        most = min(len(tokens) - 1, self._n_exact if is_exact else len(held))
+        n_same = next((i for i in range(most) if tokens[i] != held[i]), most)
+        if is_exact:
+            n_same -= n_same % _BATCH
+        self._cut(n_same)
         return n_same
+
+    def _cut(self, n_tokens: int) -> None:
+        del self._llm._context[n_tokens:]
+        self._n_exact = min(self._n_exact, n_tokens - n_tokens % _BATCH)
 
     def erase(self) -> int:
         n_held = len(self._llm._context)
-        self._llm._context.clear()
+        self._cut(0)
         return n_held
 
     def prefill(self, tokens: list[int]) -> Iterator[int]:
         for start in range(0, len(tokens), _BATCH):
             chunk = tokens[start : start + _BATCH]
             with self._lock:
+                is_in_step = len(self._llm._context) == self._n_exact
                 self._llm.eval(chunk, batch_size=_BATCH)
+                if is_in_step and len(chunk) == _BATCH:
+                    self._n_exact += _BATCH
             yield start + len(chunk)
 
     def sample(self, body: dialect.Body, index: int) -> int:

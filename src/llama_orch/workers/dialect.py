@@ -48,8 +48,9 @@ class Model(Protocol):
     def piece(self, token: int) -> bytes: ...
     def is_token(self, token: object) -> bool: ...
     def is_end(self, token: int) -> bool: ...
-    def reuse(self, tokens: list[int]) -> int:
-        """Keep what the slot holds of these tokens' beginning; how many those are, never all of them."""
+    def reuse(self, tokens: list[int], is_exact: bool) -> int:
+        """Keep what the slot holds of these tokens' beginning; how many those are, never all of them. `is_exact`: only
+        what was evaluated as it would be from the first token."""
 
     def erase(self) -> int: ...
     def prefill(self, tokens: list[int]) -> Iterator[int]:
@@ -131,7 +132,7 @@ class Dialect:
                     kind="exceed_context_size_error",
                 )
             run = _Run(tokens_in=len(tokens))
-            for done in self._prefill(tokens, run, bool(body.get("cache_prompt", True))):
+            for done in self._prefill(tokens, run, body):
                 if is_gone():
                     return
                 if body.get("return_progress"):
@@ -140,9 +141,9 @@ class Dialect:
             run.decoding_at = time.perf_counter()
             yield from self._decode(body, run, is_gone)
 
-    def _prefill(self, tokens: list[int], run: _Run, may_reuse: bool) -> Iterator[int]:
-        if may_reuse:
-            run.cached = self._model.reuse(tokens)
+    def _prefill(self, tokens: list[int], run: _Run, body: Body) -> Iterator[int]:
+        if body.get("cache_prompt", True):
+            run.cached = self._model.reuse(tokens, bool(body.get("cache_exact", False)))
         else:
             self._model.erase()
         yield run.cached
