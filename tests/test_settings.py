@@ -230,8 +230,6 @@ def test_no_contradiction(text: str) -> None:
 @pytest.mark.parametrize(
     ("text", "path"),
     [
-        ("sessions: {ttl_ms: 1}", "sessions.ttl_ms"),
-        ("sessions: {budgets: {mode: enforce}}", "sessions.budgets.mode"),
         ("tasks: {keep_transcripts: true}", "tasks.keep_transcripts"),
         ("catalog: {trust_policy: {mode: strict}}", "catalog.trust_policy.mode"),
         ("policy: {outbound: {default: deny}}", "policy.outbound.default"),

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from msgspec import UNSET
 
+from llama_orch.budgets import NO_BUDGETS, BudgetsLeft
 from llama_orch.contract.codes import CODES
 from llama_orch.contract.models import Error, ErrorCode
 
@@ -144,6 +145,20 @@ class WorkerReset(LlorchError):
 
 class DeadlineUnmet(LlorchError):
     code = ErrorCode.DEADLINE_UNMET
+
+
+class BudgetExhausted(LlorchError):
+    """`left` is what the session has left, as everywhere else."""
+
+    code = ErrorCode.BUDGET_EXHAUSTED
+    left: BudgetsLeft = NO_BUDGETS
+
+    def headers(self) -> dict[str, str]:
+        return {**super().headers(), **self.left.headers()}
+
+
+class SessionExpired(LlorchError):
+    code = ErrorCode.SESSION_EXPIRED
 
 
 class PolicyDenied(LlorchError):

@@ -8,6 +8,7 @@ import threading
 import uuid
 from dataclasses import dataclass, field
 
+from llama_orch.budgets import NO_BUDGETS, BudgetsLeft
 from llama_orch.contract.models import (
     AdmissionResponse,
     Backend,
@@ -25,6 +26,7 @@ from llama_orch.contract.models import (
     RateLimits,
     Replica,
     ReplicaState,
+    SessionInfo,
     TaskList,
     TaskRequest,
     TaskState,
@@ -105,6 +107,8 @@ class FakeService:
         self.readers: dict[str, FakeReader] = {}
         self.canceled: list[str] = []
         self.listed: list[dict[str, object]] = []
+        self.left = NO_BUDGETS
+        self.ended_sessions: set[str] = set()
 
     async def submit(self, request: TaskRequest) -> AdmissionResponse:
         if request.model_ref == FULL_QUEUE:
@@ -139,6 +143,29 @@ class FakeService:
             raise NotFound("no such task")
         self.readers[task_id] = FakeReader(FRAMES[after + 1 :], then=endings[task_id])
         return self.readers[task_id]
+
+    def budgets_left(self, session_id: str | None) -> BudgetsLeft:
+        return NO_BUDGETS if session_id is None else self.left
+
+    def budgets_left_of(self, task_id: str) -> BudgetsLeft:
+        return self.budgets_left(self.requests[task_id].session_id if task_id in self.requests else None)
+
+    def get_session(self, session_id: str) -> SessionInfo:
+        turns = sum(request.session_id == session_id for request in self.requests.values())
+        if session_id != ENDING_TASK and (not turns or session_id in self.ended_sessions):
+            raise NotFound("no such session")
+        return SessionInfo(
+            ttl_ms_remaining=600_000,
+            turns=turns,
+            kv_bytes=0,
+            kv_warmth=False,
+            tokens_budget_remaining=self.left.tokens,
+            time_budget_remaining_ms=self.left.time_ms,
+            cost_budget_remaining=self.left.cost,
+        )
+
+    async def delete_session(self, session_id: str) -> None:
+        self.ended_sessions.add(session_id)
 
     def list_pools(self, *, limit: int, cursor: str | None) -> PoolList:
         return PoolList(items=[self.get_pool("default")][:limit], next_cursor=None)

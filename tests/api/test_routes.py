@@ -24,7 +24,7 @@ OPEN_PATHS = {operation.path for operation in OPERATIONS.values() if operation.i
 
 
 def a_target(path: str) -> str:
-    return path.replace("{id}", ENDING_TASK if path.startswith("/v1/tasks") else SPARE_POOL)
+    return path.replace("{id}", SPARE_POOL if path.startswith("/v1/pools") else ENDING_TASK)
 
 
 @pytest.mark.spec("HP-SEC-3")

@@ -40,7 +40,7 @@ METRICS = {
     "cost_budget_remaining": None,
 }
 CAPABILITIES = {
-    "api_version": "2.2.0",
+    "api_version": "2.3.0",
     "engines": [
         {
             "engine": "simulated",

@@ -77,7 +77,7 @@ def test_reads(client: Client, service: ContractService) -> None:
     assert client.pools().items[0] == client.pool("default")
     assert [(pool.on_demand, pool.keep_alive_ms) for pool in client.pools().items] == [(False, None), (True, 300_000)]
     assert client.pool_health("default").replicas[0].id == "default-0"
-    assert client.capabilities().api_version == "2.2.0"
+    assert client.capabilities().api_version == "2.3.0"
 
 
 def test_cancel(client: Client, service: ContractService) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from llama_orch.contract.models import Determinism, ReplicaState
-from llama_orch.core.affinity import GAP_SLOTS, SESSIONS_MAX, Affinity
+from llama_orch.contract.models import Determinism, KvHint, ReplicaState
+from llama_orch.core.affinity import GAP_SLOTS, Affinity
 from llama_orch.core.replica import Lease, Replica
 from llama_orch.core.scheduler import Scheduler
 from llama_orch.testing.builders import DIGEST, GIB, a_host, a_scheduler, an_outcome, submit
@@ -34,7 +34,7 @@ def turn(scheduler: Scheduler, session_id: str, number: int, now: float) -> Leas
 def test_a_slot_is_warm_for_the_session_that_ran_there_last() -> None:
     """On that replica and no other, for that session and no other."""
     affinity, replica = Affinity(), a_replica()
-    affinity.remember("s", replica, 2)
+    affinity.remember("s", replica, 2, 30)
     assert affinity.slot_on("s", replica) == 2
     assert affinity.slot_on("other", replica) is None
     assert affinity.slot_on(None, replica) is None
@@ -44,30 +44,35 @@ def test_a_slot_is_warm_for_the_session_that_ran_there_last() -> None:
 def test_the_next_worker_of_a_replica_holds_nothing() -> None:
     """It was loaded anew; a replica without a worker remembers nothing either."""
     affinity, replica = Affinity(), a_replica()
-    affinity.remember("s", replica, 2)
+    affinity.remember("s", replica, 2, 30)
     replica.ready_since_s = 5.0
     assert affinity.slot_on("s", replica) is None
     replica.ready_since_s = None
-    affinity.remember("t", replica, 1)
+    affinity.remember("t", replica, 1, 30)
     assert affinity.slot_on("t", replica) is None
 
 
 def test_a_slot_that_somebody_uses_is_not_offered() -> None:
     """Its holder ends sooner or later; whether the KV outlives that, the engine says."""
     affinity, replica = Affinity(), a_replica()
-    affinity.remember("s", replica, 2)
+    affinity.remember("s", replica, 2, 30)
     replica.leases[2] = "somebody"
     assert affinity.slot_on("s", replica) is None
 
 
-def test_the_memory_is_bounded() -> None:
-    """The session that was seen the longest time ago is forgotten first."""
+def test_who_is_overwritten_is_forgotten() -> None:
+    """A task of another session, or of none, takes the slot; one of the session itself leaves it warm."""
     affinity, replica = Affinity(), a_replica()
-    for n in range(SESSIONS_MAX):
-        affinity.remember(f"s{n}", replica, 0)
-    affinity.remember("s0", replica, 1)
-    affinity.remember("new", replica, 2)
-    assert [affinity.slot_on(one, replica) for one in ("s0", "s1", "new")] == [1, None, 2]
+    affinity.remember("s", replica, 2, 30)
+    affinity.taken("s", replica, 2)
+    assert (affinity.slot_on("s", replica), affinity.holds(replica, 2), affinity.tokens_on(replica)) == (2, True, 30)
+    affinity.taken("other", replica, 2)
+    assert (affinity.slot_on("s", replica), affinity.holds(replica, 2), affinity.tokens_on(replica)) == (None, False, 0)
+    affinity.remember("s", replica, 1, 30)
+    affinity.remember("t", replica, 1, 40)
+    assert (affinity.slot_on("s", replica), affinity.slot_on("t", replica)) == (None, 1)
+    affinity.remember("t", replica, 3, 50)
+    assert (affinity.holds(replica, 1), affinity.tokens_on(replica)) == (False, 50)
 
 
 # -- in the scheduler --------------------------------------------------------------------------------------------------
@@ -105,15 +110,28 @@ def test_a_session_stays_on_its_card_while_it_is_not_much_busier(busier: int, st
 
 
 @pytest.mark.spec("HP-DET-1")
-def test_a_strict_task_neither_uses_nor_leaves_warmth() -> None:
-    """It evaluates its prompt from the first token."""
+@pytest.mark.parametrize("determinism", Determinism)
+def test_strict_turns_return_to_their_slot_too(determinism: Determinism) -> None:
+    """They take over what leaves their bytes as they are; the engine sees to that."""
     scheduler = a_scheduler()
     lease = turn(scheduler, "s", 1, 1.0)
-    strict = submit(scheduler, "strict", now=2.0, session_id="s").task
-    assert strict.placement is not None
-    assert "holds its session" not in strict.placement
-    scheduler.finished("strict", an_outcome(), 2.5)
-    assert turn(scheduler, "s", 2, 3.0) == lease  # the memory is of the shared turn
+    turn(scheduler, "t", 1, 2.0)
+    task = submit(scheduler, "next", now=3.0, session_id="s", determinism=determinism).task
+    assert lease is not None
+    assert task.lease is not None
+    assert task.lease.slots[0] == lease.slots[0]
+    assert task.placement is not None
+    assert "holds its session" in task.placement
+
+
+def test_a_cold_task_looks_for_no_warmth() -> None:
+    """`kv_hint: cold`: it goes where there is most room, and what the session had is still there for the next one."""
+    scheduler = a_scheduler()
+    lease = turn(scheduler, "s", 1, 1.0)
+    cold = submit(scheduler, "cold", now=3.0, session_id="s", determinism=SHARED, kv_hint=KvHint.COLD).task
+    assert cold.placement is not None
+    assert "holds its session" not in cold.placement
+    assert cold.lease != lease
 
 
 def test_a_lost_worker_takes_the_sessions_with_it() -> None:

@@ -277,10 +277,27 @@ def test_a_free_slot_is_the_one_that_was_asked_for_or_the_one_unused_longest() -
     replica = served(a_replica(slots=3))
     leases = [replica.take(f"t{n}", exclusive=False) for n in range(3)]
     for lease, n in zip(leases, (1, 0, 2), strict=True):
-        replica.release(lease, f"t{leases.index(lease)}", now=1.0 + n)
+        replica.release(lease, f"t{leases.index(lease)}", now=1.0 + n, keeps_kv=True)
     assert replica.take("again", exclusive=False, slot=2).slots == (2,)
     assert replica.take("any", exclusive=False).slots == (1,)
     assert replica.take("taken", exclusive=False, slot=2).slots == (0,)
+
+
+@pytest.mark.spec("HP-SES-3")
+def test_a_slot_that_holds_nothing_of_worth_is_taken_first() -> None:
+    """Tasks without a session come and go on it, and an exclusive one overwrites only the slot that it decodes on."""
+    replica = served(a_replica(slots=3))
+    for slot, n in ((0, 1), (1, 2)):
+        replica.release(replica.take("kept", exclusive=False, slot=slot), "kept", now=1.0 + n, keeps_kv=True)
+    for number in range(3):
+        lease = replica.take(f"t{number}", exclusive=number == 1)
+        assert lease.slots[0] == 2
+        replica.release(lease, f"t{number}", now=5.0 + number)
+    lease = replica.take("warm", exclusive=True, slot=1)
+    assert lease.slots == (1, 2, 0)
+    replica.release(lease, "warm", now=9.0, keeps_kv=True)
+    assert replica.take("last", exclusive=False, slot=9).slots == (2,)
+    assert replica.take("then", exclusive=False).slots == (0,)
 
 
 @pytest.mark.spec("HP-DET-1")

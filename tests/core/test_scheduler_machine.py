@@ -20,6 +20,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from llama_orch.contract.config import BudgetsSettings, SessionsSettings
 from llama_orch.contract.models import Determinism, Priority, ReplicaState, TaskRequest, TaskState
 from llama_orch.core import placement
 from llama_orch.core.effects import (
@@ -29,6 +30,7 @@ from llama_orch.core.effects import (
     Dispose,
     Effect,
     Ended,
+    Evict,
     Forget,
     Load,
     Start,
@@ -39,16 +41,17 @@ from llama_orch.core.pool import Pool
 from llama_orch.core.prediction import ADVICE_MAX_MS, ADVICE_MIN_MS
 from llama_orch.core.queue import PRIORITIES
 from llama_orch.core.replica import Lease, Replica
-from llama_orch.core.scheduler import Verdict
-from llama_orch.core.task import ENDED, Task, request_digest
+from llama_orch.core.task import ENDED, Task, Verdict, request_digest
 from llama_orch.errors import (
     AdmissionReject,
+    BudgetExhausted,
     Conflict,
     DeadlineUnmet,
     DecodeTimeout,
     LlorchError,
     PoolUnavailable,
     PoolUnready,
+    SessionExpired,
 )
 from llama_orch.testing.builders import DIGEST, GIB, Host, a_device, a_pool, a_scheduler, a_task, an_outcome, submit
 
@@ -83,6 +86,7 @@ REQUESTS = st.fixed_dictionaries(
         "determinism": st.sampled_from(Determinism),
         "deadline_ms": st.sampled_from([None, None, 1, 500, 3000, 60_000]),
         "expected_tokens": st.sampled_from([None, None, 5, 200]),
+        "session_id": st.sampled_from([None, "s1", "s2"]),
     }
 )
 SECONDS = st.sampled_from([0.0, 0.001, 0.25, 0.5, 1.0, 5.0, 31.0, 70.0, 130.0])
@@ -90,7 +94,17 @@ RARELY = st.sampled_from([False, False, False, True])
 OFTEN = st.sampled_from([True, True, False])
 PICK = st.integers(0, 1000)  # which of those that there are, modulo their number
 LIVES = 400
+SESSION_IDS = ("s1", "s2")
+TOKENS_MAX, TURNS_MAX = 1500, 6
+SESSIONS = SessionsSettings(
+    ttl_ms=60_000, max_turns=TURNS_MAX, budgets=BudgetsSettings(mode="enforce", tokens=TOKENS_MAX, time_ms=400_000)
+)
 LOADING, SERVING, ENDING = "loading", "serving", "ending"
+
+
+def in_order(lease: Lease) -> Lease:
+    """A lease names the slot that is decoded on first."""
+    return Lease(lease.replica_id, tuple(sorted(lease.slots)))
 
 
 @dataclass
@@ -147,7 +161,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         devices = [a_device(device_id) for device_id in DEVICE_IDS]
         host = Host(devices, [a_pool_of(name, spec) for name, spec in zip(POOL_IDS, pools, strict=False)])
         seat(host.pools)
-        self.scheduler = a_scheduler(host, is_ready=is_ready, retain_s=retain_s)
+        self.scheduler = a_scheduler(host, is_ready=is_ready, retain_s=retain_s, sessions=SESSIONS)
         self.now = 0.0
         self.steps = 0
         self.pools = list(host.pools)  # all that there ever were
@@ -214,6 +228,8 @@ class SchedulerMachine(RuleBasedStateMachine):
                 self.on_unload(self.scheduler.replicas[replica_id], reason)
             case Condemn(replica_id):
                 assert any(self.problems[d][1] for d in self.scheduler.replicas[replica_id].device_ids)
+            case Evict(replica_id, slot):
+                assert slot < self.scheduler.replicas[replica_id].slots
             case Dispose(replica_id):
                 assert replica_id not in self.scheduler.replicas
                 assert replica_id not in self.workers
@@ -221,7 +237,7 @@ class SchedulerMachine(RuleBasedStateMachine):
                 self.disposed.add(replica_id)
         if isinstance(effect, Admitted | Start | Abort | Ended):
             self.lives[effect.task_id].effects.append(type(effect).__name__)
-        elif isinstance(effect, Load | Unload | Condemn):
+        elif isinstance(effect, Load | Unload | Condemn | Evict):
             assert effect.replica_id not in self.disposed, "nothing comes after the last"
 
     def on_load(self, replica: Replica) -> None:
@@ -388,8 +404,12 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     def check_refusal(self, pool: Pool, request: TaskRequest, error: LlorchError) -> None:
         """Refusals have a reason that can be seen from outside."""
-        assert error.retry_after_ms is not None
+        assert (error.retry_after_ms is None) is isinstance(error, SessionExpired)
         match error:
+            case SessionExpired():
+                assert request.session_id is not None
+            case BudgetExhausted():
+                assert error.left == self.scheduler.book.sessions.left(request.session_id)
             case PoolUnavailable():
                 is_lost = self.scheduler.fleet.lost_devices(pool) is not None
                 assert self.scheduler.is_draining or pool.is_draining or not pool.is_live or is_lost
@@ -412,6 +432,14 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.scheduler.cancel(task.task_id, self.now)
             assert task.state is TaskState.CANCELED
             self.perform()
+
+    @rule(session_id=st.sampled_from(["s1", "s2"]), is_it=RARELY)
+    def delete_session(self, session_id: str, is_it: bool) -> None:
+        if is_it:
+            self.scheduler.book.delete(session_id)
+            self.perform()
+            assert session_id not in self.scheduler.book.sessions
+            assert self.scheduler.book.warmth(session_id) is None
 
     @precondition(lambda self: self.lives)
     @rule(pick=PICK)
@@ -706,14 +734,19 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.now = max(self.now, due)
         pools = list(self.scheduler.fleet.every_pool())
         waits = [pool for pool in pools if pool.waiting_since_s is not None or pool.drain_until_s == due]
-        before = {replica_id: replica.state for replica_id, replica in self.scheduler.replicas.items()}
-        if self.tick() == 0 and before == {one: replica.state for one, replica in self.scheduler.replicas.items()}:
+        before = self.whereabouts()
+        if self.tick() == 0 and before == self.whereabouts():
             # Patience and residency may be over without anybody's being able to make room, a device may be away still,
             # and a pool whose deadline passes may have aborted tasks only; but nobody is woken for that at once again.
             retries = [r for r in self.scheduler.replicas.values() if r.state is ReplicaState.BACKOFF]
             assert retries or waits, "nobody is woken for nothing"
             due = self.scheduler.next_due()
             assert due is None or due > self.now
+
+    def whereabouts(self) -> tuple[dict[str, ReplicaState], list[str]]:
+        """What a wake may change without an effect."""
+        states = {replica_id: replica.state for replica_id, replica in self.scheduler.replicas.items()}
+        return states, [session_id for session_id in SESSION_IDS if session_id in self.scheduler.book.sessions]
 
     def tick(self) -> int:
         self.scheduler.tick(self.now)
@@ -861,7 +894,8 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert replica.slots == most or (replica.sizes and 1 <= replica.slots <= most)
             assert not held.keys() & slots.keys(), "no task is on two replicas"
             held |= {task_id: Lease(replica.replica_id, tuple(those)) for task_id, those in slots.items()}
-        assert {task.task_id: task.lease for task in self.scheduler.tasks.values() if task.lease is not None} == held
+        leased = [task for task in self.scheduler.tasks.values() if task.lease is not None]
+        assert {task.task_id: in_order(task.lease) for task in leased} == held
         assert held.keys() == self.running.keys() | self.aborting.keys(), (
             "a slot is held as long as the engine is on it"
         )
@@ -869,6 +903,21 @@ class SchedulerMachine(RuleBasedStateMachine):
             task = self.scheduler.tasks[task_id]
             needs_all = task.is_strict and task.pool.spec.strict_needs_exclusive
             assert len(lease.slots) == (self.scheduler.replicas[lease.replica_id].slots if needs_all else 1)
+
+    @invariant()
+    def a_session_keeps_within_its_budget_and_its_slot(self) -> None:
+        book = self.scheduler.book
+        alive = {task.number: task for task in self.scheduler.tasks.values() if task.state not in ENDED}
+        for session_id in [one for one in SESSION_IDS if one in book.sessions]:
+            session = book.sessions.get(session_id)
+            assert session.committed.tokens <= TOKENS_MAX
+            assert all(alive[number].request.session_id == session_id for number in session.reserved)
+            assert session.turns <= TURNS_MAX
+            if (warmth := book.warmth(session_id)) is not None:
+                holder = self.scheduler.replicas[warmth.replica_id].leases.get(warmth.slot)
+                others = holder is not None and self.scheduler.tasks[holder].request.session_id != session_id
+                is_decoded_on = holder is not None and self.scheduler.tasks[holder].lease.slots[0] == warmth.slot
+                assert not (others and is_decoded_on), "who is overwritten is not warm"
 
     @invariant()
     def a_queue_is_bounded_and_in_order(self) -> None:
@@ -995,6 +1044,7 @@ def a_request(rng: Random) -> dict[str, Any]:
         "determinism": rng.choice(list(Determinism)),
         "deadline_ms": rng.choice([None, None, None, 500, 60_000]),
         "expected_tokens": rng.choice([None, 5, 200]),
+        "session_id": rng.choice([None, "s1", "s2"]),
     }
 
 
@@ -1029,6 +1079,7 @@ STEPS: list[tuple[int, Step]] = [
     (3, lambda m, r: m.submit_several([a_request(r) for _ in range(r.randrange(2, 5))], pick(r))),
     (2, lambda m, r: m.everybody_is_asked(r.choice(PRIORITIES), r.random() < 0.5, r.choice([0.0, 1.0, 31.0, 130.0]))),
     (1, lambda m, r: m.want(pick(r))),
+    (1, lambda m, r: m.delete_session(r.choice(SESSION_IDS), r.random() < 0.3)),
     (1, lambda m, r: m.cancel(pick(r))),
     (8, when(lambda m: m.running, lambda m, r: m.engine_finishes(pick(r), r.randrange(50), r.choice([100, 2000])))),
     (1, when(lambda m: m.running, lambda m, r: m.engine_fails(pick(r)))),

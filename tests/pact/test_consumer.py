@@ -567,7 +567,7 @@ PROFILE = {
     "repeat_penalty": match.number(1.0),
 }
 CAPABILITIES = {
-    "api_version": match.regex("2.2.0", regex=r"\d+\.\d+\.\d+"),
+    "api_version": match.regex("2.3.0", regex=r"\d+\.\d+\.\d+"),
     "engines": match.each_like(ENGINE, min=1),
     "pools": match.each_like(POOL_CAPABILITY, min=1),
     "devices": match.each_like(DEVICE, min=1),

@@ -15,6 +15,7 @@ from llama_orch.api.documents import Documents, merged_document
 from llama_orch.api.edge import Edge
 from llama_orch.api.pools import Pools
 from llama_orch.api.service import Service
+from llama_orch.api.sessions import Sessions
 from llama_orch.api.system import System
 from llama_orch.api.tasks import Tasks
 from llama_orch.api.validation import DirectApp, RequestCheck, ResponseCheck, StrictRouting
@@ -22,7 +23,7 @@ from llama_orch.contract.config import Settings
 from llama_orch.contract.operations import Handlers
 
 
-class Api(Tasks, Pools, System):
+class Api(Tasks, Sessions, Pools, System):
     """One method per operation of the contract."""
 
     def __init__(self, service: Service) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Protocol
 
+from llama_orch.budgets import BudgetsLeft
 from llama_orch.contract.models import (
     AdmissionResponse,
     Capabilities,
     Pool,
     PoolHealth,
     PoolList,
+    SessionInfo,
     TaskList,
     TaskRequest,
     TaskState,
@@ -42,6 +44,17 @@ class Service(Protocol):
 
     def open_stream(self, task_id: str, after: int) -> Reader:
         """A reader of the frames behind number `after`; -1 reads all."""
+
+    def budgets_left(self, session_id: str | None) -> BudgetsLeft:
+        """What the tasks of a session may still use."""
+
+    def budgets_left_of(self, task_id: str) -> BudgetsLeft:
+        """The same by one of its tasks."""
+
+    def get_session(self, session_id: str) -> SessionInfo: ...
+
+    async def delete_session(self, session_id: str) -> None:
+        """End the session and have the engine forget it. Nothing where there is none."""
 
     def list_pools(self, *, limit: int, cursor: str | None) -> PoolList: ...
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from starlette.types import Receive, Scope, Send
 
@@ -49,18 +49,23 @@ class EventStream:
     def __init__(
         self,
         open_reader: Callable[[int], Reader],
+        headers: Mapping[str, str] | None = None,
         *,
         heartbeat_s: float = HEARTBEAT_S,
         send_limit_s: float = SEND_LIMIT_S,
     ) -> None:
         self._open_reader = open_reader
+        self._headers = [
+            *HEADERS,
+            *((name.lower().encode(), value.encode()) for name, value in (headers or {}).items()),
+        ]
         self._heartbeat_s = heartbeat_s
         self._send_limit_s = send_limit_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         reader = self._open_reader(last_event_id(scope))
         try:
-            await send({"type": "http.response.start", "status": 200, "headers": HEADERS})
+            await send({"type": "http.response.start", "status": 200, "headers": self._headers})
             if scope["method"] == "HEAD" or await self._pass_on(reader, receive, send):
                 await send({"type": "http.response.body", "body": b""})
         finally:

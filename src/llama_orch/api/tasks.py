@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from llama_orch.api.answer import Answer
 from llama_orch.api.service import Service
 from llama_orch.api.sse import EventStream
 from llama_orch.contract.models import AdmissionResponse, TaskList, TaskRequest, TaskState, TaskStatus
@@ -10,8 +11,10 @@ from llama_orch.contract.models import AdmissionResponse, TaskList, TaskRequest,
 class Tasks:
     _service: Service
 
-    async def create_task(self, *, body: TaskRequest) -> AdmissionResponse:
-        return await self._service.submit(body)
+    async def create_task(self, *, body: TaskRequest) -> AdmissionResponse | Answer:
+        admission = await self._service.submit(body)
+        headers = self._service.budgets_left(body.session_id).headers()
+        return Answer(admission, headers) if headers else admission
 
     async def list_tasks(
         self, *, state: TaskState | None, session_id: str | None, limit: int, cursor: str | None
@@ -23,7 +26,10 @@ class Tasks:
         return self._service.get_task(id.lower())
 
     async def stream_task(self, *, id: str) -> EventStream:
-        return EventStream(lambda after: self._service.open_stream(id.lower(), after))
+        task_id = id.lower()
+        return EventStream(
+            lambda after: self._service.open_stream(task_id, after), self._service.budgets_left_of(task_id).headers()
+        )
 
     async def cancel_task(self, *, id: str) -> None:
         await self._service.cancel(id.lower())

@@ -25,6 +25,7 @@ from connexion.middleware.routing import RoutingMiddleware
 from connexion.operations import AbstractOperation
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from llama_orch.api.answer import Answer
 from llama_orch.api.explain import body_problem, nearest, parameter_problem
 from llama_orch.contract.operations import OPERATIONS, Operation, Parameter
 from llama_orch.errors import InvalidParams, UnsupportedMediaType
@@ -154,9 +155,12 @@ class DirectCall:
             await result(scope, receive, send)
             return
         body, headers = b"", []
+        if isinstance(result, Answer):
+            headers += [(name.lower().encode(), value.encode()) for name, value in result.headers.items()]
+            result = result.body
         if self._has_body:
             body = msgspec.json.encode(result)
-            headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+            headers += [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
         await send({"type": "http.response.start", "status": self._http_status, "headers": headers})
         await send({"type": "http.response.body", "body": body})
 

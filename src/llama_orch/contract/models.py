@@ -73,7 +73,7 @@ class TaskRequest(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True)
     """What to run. Exactly one of `prompt`, `inputs` and `messages` is given. Where null is allowed it means the same as absent."""
 
     task_id: Uuid | None = None  # Chosen by the client to make the request idempotent.
-    session_id: Uuid | None = None
+    session_id: Uuid | None = None  # The conversation that the task belongs to; the first task that names one begins it.
     workload: Workload = Workload.COMPLETION
     model_ref: Annotated[str, Meta(min_length=1, max_length=1024)]  # The model: a reference such as `builtin:tiny` or `file:/…`, or `sha256:…`. One that no pool serves is loaded on demand if it is built in, or a file below one of `catalog.file_roots`.
     engine: Annotated[str, Meta(min_length=1, max_length=64)] | None = None  # Any engine that serves the model when absent.
@@ -256,6 +256,18 @@ class StreamEvent(Struct, kw_only=True, frozen=True):
     id: str | UnsetType = UNSET
     event: Literal['started', 'token', 'metrics', 'end', 'error']
     data: str
+
+
+class SessionInfo(Struct, kw_only=True, frozen=True):
+    """A session as it is now. Budgets are null where none is in force."""
+
+    ttl_ms_remaining: Annotated[int, Meta(ge=0, le=9223372036854775807)]  # Until it ends unless a task names it. The time stands still while a task of it waits or runs.
+    turns: Annotated[int, Meta(ge=0, le=2147483647)]  # Tasks that were admitted to it.
+    kv_bytes: Annotated[int, Meta(ge=0, le=9223372036854775807)]  # What the engine holds of it, by the shape of the model.
+    kv_warmth: bool  # Whether a replica holds the context of its last task.
+    tokens_budget_remaining: Annotated[int, Meta(ge=0, le=9223372036854775807)] | None  # Less what its unfinished tasks may use. Prompt and answer count alike.
+    time_budget_remaining_ms: Annotated[int, Meta(ge=0, le=9223372036854775807)] | None  # Of time on a slot.
+    cost_budget_remaining: Annotated[float, Meta(ge=0)] | None
 
 
 class EngineCapability(Struct, kw_only=True, frozen=True):

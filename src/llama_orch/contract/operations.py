@@ -10,7 +10,7 @@ from msgspec import Meta
 
 from .models import DrainRequest, ReloadRequest, TaskRequest, TaskState, Uuid
 
-API_VERSION = '2.2.0'
+API_VERSION = '2.3.0'
 
 
 class Parameter(NamedTuple):
@@ -78,6 +78,20 @@ OPERATIONS: dict[str, Operation] = {
         ),
         (200, 400, 401, 403, 404), is_open=False,
     ),
+    'getSession': Operation(
+        'getSession', 'data', 'GET', '/v1/sessions/{id}', None,
+        (
+            Parameter('id', 'path', Uuid, True, None),
+        ),
+        (200, 400, 401, 403, 404), is_open=False,
+    ),
+    'deleteSession': Operation(
+        'deleteSession', 'data', 'DELETE', '/v1/sessions/{id}', None,
+        (
+            Parameter('id', 'path', Uuid, True, None),
+        ),
+        (204, 400, 401, 403), is_open=False,
+    ),
     'getPool': Operation(
         'getPool', 'control', 'GET', '/v1/pools/{id}', None,
         (
@@ -129,6 +143,7 @@ ALLOW: dict[str, str] = {
     '/v1/capabilities': 'GET, HEAD',
     '/v1/pools': 'GET, HEAD',
     '/v1/tasks/{id}': 'GET, HEAD',
+    '/v1/sessions/{id}': 'DELETE, GET, HEAD',
     '/v1/pools/{id}': 'GET, HEAD',
     '/v1/tasks/{id}/stream': 'GET, HEAD',
     '/v1/tasks/{id}/cancel': 'POST',
@@ -148,6 +163,8 @@ class Handlers(Protocol):
     async def get_capabilities(self) -> Any: ...  # GET /v1/capabilities
     async def list_pools(self, *, limit: Annotated[int, Meta(ge=1, le=200)], cursor: Annotated[str, Meta(min_length=1, max_length=200)] | None) -> Any: ...  # GET /v1/pools
     async def get_task(self, *, id: Uuid) -> Any: ...  # GET /v1/tasks/{id}
+    async def get_session(self, *, id: Uuid) -> Any: ...  # GET /v1/sessions/{id}
+    async def delete_session(self, *, id: Uuid) -> Any: ...  # DELETE /v1/sessions/{id}
     async def get_pool(self, *, id: Annotated[str, Meta(min_length=1, max_length=64)]) -> Any: ...  # GET /v1/pools/{id}
     async def stream_task(self, *, id: Uuid) -> Any: ...  # GET /v1/tasks/{id}/stream
     async def cancel_task(self, *, id: Uuid) -> Any: ...  # POST /v1/tasks/{id}/cancel

@@ -8,6 +8,7 @@ from msgspec import UNSET
 
 from llama_orch.contract.models import TaskRequest
 from llama_orch.core.pool import Pool, PoolSpec
+from llama_orch.core.task import Task
 from llama_orch.errors import InvalidParams, NotFound, PoolUnready
 
 # A token covers at least one byte of text; this many more may be put around it (start of text, a leading space).
@@ -133,3 +134,32 @@ def check_bounds(request: TaskRequest, spec: PoolSpec, token_bounds: Sequence[in
             retry_after_ms=1000,
         )
     return max_tokens
+
+
+def task_of(
+    request: TaskRequest,
+    pool: Pool,
+    prompt_tokens: Sequence[int],
+    *,
+    are_tokens_exact: bool,
+    number: int,
+    task_id: str,
+    seed: int,
+    correlation_id: str,
+    now: float,
+) -> Task:
+    """The task that the request would be; a refusal where its lengths do not fit the pool."""
+    check = check_lengths if are_tokens_exact else check_bounds
+    return Task(
+        request=request,
+        task_id=task_id,
+        number=number,
+        pool=pool,
+        seed=seed,
+        max_tokens=check(request, pool.spec, prompt_tokens),
+        correlation_id=correlation_id,
+        created_s=now,
+        deadline_s=None if request.deadline_ms is None else now + request.deadline_ms / 1000,
+        tokens_in=sum(prompt_tokens) if are_tokens_exact else None,
+        prompts=len(prompt_tokens),
+    )

@@ -6,13 +6,13 @@ from collections.abc import Callable, Mapping, Sequence
 
 from llama_orch.contract.models import ReplicaState
 from llama_orch.core import placement
-from llama_orch.core.affinity import Affinity
 from llama_orch.core.effects import Effect, Start
 from llama_orch.core.fleet import Fleet
 from llama_orch.core.placement import Candidate, Faster
 from llama_orch.core.pool import Pool
 from llama_orch.core.prediction import Predictor
 from llama_orch.core.replica import Replica
+from llama_orch.core.sessionbook import SessionBook
 from llama_orch.core.task import Task, TaskEvent
 
 HOLD_BACK_QUEUE_MAX = 16  # where more wait, a slow card is of use in any case
@@ -25,13 +25,18 @@ class Dispatcher:
     """Over the scheduler's own tasks and fleet."""
 
     def __init__(
-        self, fleet: Fleet, predictor: Predictor, tasks: Mapping[str, Task], emit: Callable[[Effect], None]
+        self,
+        fleet: Fleet,
+        predictor: Predictor,
+        tasks: Mapping[str, Task],
+        book: SessionBook,
+        emit: Callable[[Effect], None],
     ) -> None:
         self._fleet = fleet
         self._predictor = predictor
         self._tasks = tasks
         self._emit = emit
-        self._affinity = Affinity()
+        self._book = book
 
     def dispatch(self, pool: Pool, now: float) -> None:
         """Start tasks from the head of the queue while there is a place for it. The head is never overtaken, so a
@@ -43,12 +48,12 @@ class Dispatcher:
         """Start the task on the replica that suits it best, if there is one. `may_wait`: it has a place in the queue,
         so that it can be held back."""
         exclusive = task.is_strict and pool.spec.strict_needs_exclusive
-        session_id = None if task.is_strict else task.request.session_id
+        session_id = self._book.session_for_kv(task)
         found = placement.candidates(
             [r for r in pool.replicas.values() if self._fleet.ledger.lost_device(r) is None],
             self._fleet.ledger.scarcest_free_bytes,
             exclusive=exclusive,
-            warm_slot=lambda replica: self._affinity.slot_on(session_id, replica),
+            warm_slot=lambda replica: self._book.affinity.slot_on(session_id, replica),
         )
         chosen = self._choose(pool, task, found, now) or (None if may_wait else placement.pick(found))
         if chosen is None:
@@ -57,6 +62,7 @@ class Dispatcher:
         task.lease = chosen.replica.take(task.task_id, exclusive=exclusive, slot=chosen.warm_slot)
         task.replica_id = chosen.replica.replica_id
         task.started_s = now
+        self._book.started(task, chosen.replica)
         task.step(TaskEvent.START)
         self._emit(Start(task.task_id))
         return True
@@ -91,8 +97,3 @@ class Dispatcher:
     def _free_in_s(self, pool: Pool, task: Task, replica: Replica, now: float) -> float:
         free_in_s = self._predictor.free_in_s(pool, replica, self._tasks, now)
         return max(free_in_s) if task.is_strict and pool.spec.strict_needs_exclusive else min(free_in_s)
-
-    def remember(self, task: Task, replica: Replica) -> None:
-        """The slot that the task ran on holds its session's KV."""
-        if task.request.session_id is not None and task.lease is not None and not task.is_strict:
-            self._affinity.remember(task.request.session_id, replica, task.lease.slots[0])

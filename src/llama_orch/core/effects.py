@@ -34,6 +34,14 @@ class Ended:
 
 
 @dataclass(frozen=True, slots=True)
+class Evict:
+    """Have the engine forget the KV that this idle slot holds. A Start on the slot that comes later waits for it."""
+
+    replica_id: str
+    slot: int
+
+
+@dataclass(frozen=True, slots=True)
 class Forget:
     """The task's time of retention is over."""
 
@@ -70,4 +78,4 @@ class Dispose:
     replica_id: str
 
 
-Effect = Admitted | Start | Abort | Ended | Forget | Load | Unload | Condemn | Dispose
+Effect = Admitted | Start | Abort | Ended | Evict | Forget | Load | Unload | Condemn | Dispose

@@ -9,6 +9,7 @@ from llama_orch.core import admission, refusals
 from llama_orch.core.fleet import Fleet
 from llama_orch.core.pool import Pool
 from llama_orch.core.prediction import Predictor
+from llama_orch.core.sessionbook import SessionBook
 from llama_orch.core.task import Task
 from llama_orch.errors import LlorchError
 
@@ -16,21 +17,26 @@ from llama_orch.errors import LlorchError
 class Gate:
     """Over the scheduler's own tasks and fleet. Raises refusals; changes nothing but the quarantine of a pool."""
 
-    def __init__(self, fleet: Fleet, predictor: Predictor, tasks: Mapping[str, Task]) -> None:
+    def __init__(self, fleet: Fleet, predictor: Predictor, tasks: Mapping[str, Task], book: SessionBook) -> None:
         self._fleet = fleet
         self._predictor = predictor
         self._tasks = tasks
+        self._book = book
 
     def choose_pool(self, request: TaskRequest) -> Pool:
-        """The pool that the request would best go to now: ready ones first, then the least loaded per slot."""
+        """The pool that the request would best go to now: ready ones first, then the one that holds its session's KV,
+        then the least loaded per slot."""
         found = admission.matching_pools(list(self._fleet.pools.values()), request)
 
-        def load(pool: Pool) -> tuple[bool, bool, bool, bool, float]:
+        warmth = self._book.warmth(request.session_id)
+
+        def load(pool: Pool) -> tuple[bool, bool, bool, bool, bool, float]:
             busy = sum(replica.slots_busy for replica in pool.replicas.values())
             is_full = bool(len(pool.queue)) and len(pool.queue) >= pool.queue.capacity
             per_slot = (len(pool.queue) + busy) / max(1, pool.slots_total())
             is_closed = pool.is_draining or pool.is_paused
-            return (is_closed, not pool.is_live, not pool.is_ready, is_full, per_slot)
+            is_warm = warmth is not None and warmth.replica_id in pool.replicas
+            return (is_closed, not pool.is_live, not pool.is_ready, is_full, not is_warm, per_slot)
 
         return min(found, key=load)
 

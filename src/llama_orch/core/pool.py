@@ -28,6 +28,7 @@ class PoolSpec:
     strict_needs_exclusive: bool
     keep_alive_s: float | None = None  # unloaded after this long without a task; None keeps it loaded
     is_on_demand: bool = False  # made for a task, not by the configuration
+    kv_bytes_per_token: int = 0
     aliases: tuple[str, ...] = ()  # other references that lead to the same file
 
     @property

@@ -117,6 +117,14 @@ class Predictor:
         model = self._model(pool)
         return self._service_s(model, task, replica.device_ids) if model.is_known else None
 
+    def longest_s(self, pool: Pool, task: Task, tokens_in: int) -> float | None:
+        """Time of the task on the slowest of the pool's replicas, should its answer be as long as it may."""
+        model = self._model(pool)
+        masks = {replica.device_ids for replica in pool.replicas.values()}
+        if not model.is_known or not masks:
+            return None
+        return max(model.speeds(mask).service_s(tokens_in, task.tokens_out_max) for mask in masks)
+
     @staticmethod
     def _service_s(model: _Model, task: Task, mask: tuple[str, ...]) -> float:
         tokens = model.lengths.expected(task.tokens_out_max, task.request.expected_tokens)

@@ -5,11 +5,13 @@ Waits are computed by whoever refuses, from the present load (HP-ERR-2).
 
 from __future__ import annotations
 
+from llama_orch.budgets import BudgetsLeft
 from llama_orch.contract.models import TaskState
 from llama_orch.core.pool import Pool
 from llama_orch.core.task import Task
 from llama_orch.errors import (
     AdmissionReject,
+    BudgetExhausted,
     Canceled,
     DeadlineUnmet,
     PoolUnavailable,
@@ -106,6 +108,17 @@ def dropped(pool: Pool, wait_ms: int) -> QueueFullDropLru:
         retry_after_ms=wait_ms,
         policy_label=pool.queue.full_policy,
     )
+
+
+def over_budget(pool: Pool, session_id: str, shortage: str, left: BudgetsLeft, wait_ms: int) -> BudgetExhausted:
+    error = BudgetExhausted(
+        f"the task is over the budget of session {session_id}: {shortage}; or go on in a new session",
+        engine=pool.spec.engine,
+        retry_after_ms=wait_ms,
+        policy_label="budget",
+    )
+    error.left = left
+    return error
 
 
 def cannot_be_met(pool: Pool, task: Task, wait_s: float, wait_ms: int) -> DeadlineUnmet:

@@ -66,7 +66,8 @@ COMES = frozenset({_S.LOADING, _S.READY, _S.BACKOFF})
 
 @dataclass(frozen=True, slots=True)
 class Lease:
-    """A task's hold on slots of one replica. `slots` has one element, or all of the replica's when exclusive."""
+    """A task's hold on slots of one replica. `slots` has one element, or all of the replica's when exclusive; the task
+    decodes on the first of them."""
 
     replica_id: str
     slots: tuple[int, ...]
@@ -90,7 +91,7 @@ class Replica:
     is_closing: bool = False  # it takes no more tasks, and is unloaded once it holds none
     close_reason: str = ""
     leases: dict[int, str] = field(default_factory=dict)  # slot -> task id
-    slot_used_s: dict[int, float] = field(default_factory=dict)  # slot -> when it was last let go
+    slot_used_s: dict[int, float] = field(default_factory=dict)  # slot with a session's KV -> when it was last let go
     restarts: int = 0
     losses_in_a_row: int = 0
     has_served: bool = False  # since it was last unloaded
@@ -143,21 +144,26 @@ class Replica:
         return not self.leases if exclusive else len(self.leases) < self.slots
 
     def take(self, task_id: str, *, exclusive: bool, slot: int | None = None) -> Lease:
-        """`slot`: the one to take if it is free; else the one that was let go the longest time ago, so that what others
-        hold of a session's KV stays as long as it can."""
+        """`slot`: the one to decode on if it is free; else one that holds nothing of worth, or was let go the longest
+        time ago, so that what others hold of a session's KV stays as long as it can."""
         free = [slot for slot in range(self.slots) if slot not in self.leases]
         free.sort(key=lambda one: (one != slot, self.slot_used_s.get(one, -1.0), one))
-        slots = tuple(sorted(free) if exclusive else free[:1])
+        slots = tuple(free if exclusive else free[:1])
         for one in slots:
             self.leases[one] = task_id
         return Lease(self.replica_id, slots)
 
-    def release(self, lease: Lease, task_id: str, now: float) -> None:
+    def release(self, lease: Lease, task_id: str, now: float, *, keeps_kv: bool = False) -> None:
+        """`keeps_kv`: the slot that it ran on holds a session's KV from now on. The others hold what they held."""
         for slot in lease.slots:
-            if self.leases.get(slot) == task_id:  # after a loss the slot may have another holder already
-                del self.leases[slot]
-                self.slot_used_s[slot] = now
-                self.last_used_s = now
+            if self.leases.get(slot) != task_id:  # after a loss the slot may have another holder already
+                continue
+            del self.leases[slot]
+            self.last_used_s = now
+            if slot == lease.slots[0]:
+                self.slot_used_s.pop(slot, None)
+                if keeps_kv:
+                    self.slot_used_s[slot] = now
 
     # -- life --------------------------------------------------------------------------------------------------------
 

@@ -11,8 +11,8 @@ device is given away twice.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
+from llama_orch.contract.config import SessionsSettings
 from llama_orch.contract.models import ReplicaState, TaskRequest, TaskState
 from llama_orch.core import admission, refusals
 from llama_orch.core.dispatch import Dispatcher
@@ -24,17 +24,10 @@ from llama_orch.core.pool import Pool
 from llama_orch.core.prediction import Predictor
 from llama_orch.core.queue import QueueFull
 from llama_orch.core.rollout import Rollouts
-from llama_orch.core.task import ENDED, Outcome, Task, TaskEvent, request_digest
+from llama_orch.core.sessionbook import SessionBook
+from llama_orch.core.task import ENDED, Outcome, Task, TaskEvent, Verdict, request_digest
 from llama_orch.core.tasktable import TaskTable
 from llama_orch.errors import Conflict, LlorchError, NotFound
-
-
-@dataclass(frozen=True, slots=True)
-class Verdict:
-    """What admission says of one submission."""
-
-    task: Task
-    is_repeat: bool  # the same task_id with the same body came before (HP-ADM-8)
 
 
 class Scheduler:
@@ -42,7 +35,13 @@ class Scheduler:
     long a model that was loaded on demand stays at least."""
 
     def __init__(
-        self, pools: Sequence[Pool], devices: Sequence[Device], *, retain_s: float, min_residency_s: float = 30.0
+        self,
+        pools: Sequence[Pool],
+        devices: Sequence[Device],
+        *,
+        retain_s: float,
+        min_residency_s: float = 30.0,
+        sessions: SessionsSettings | None = None,
     ) -> None:
         self._effects: list[Effect] = []
         self._table = TaskTable(retain_s)
@@ -52,8 +51,9 @@ class Scheduler:
         self.pools, self.replicas = self.fleet.pools, self.fleet.replicas
         self.devices = self.fleet.ledger.devices
         self.rollouts = Rollouts(self.fleet)
-        self._dispatcher = Dispatcher(self.fleet, self.predictor, self.tasks, self._emit)
-        self.gate = Gate(self.fleet, self.predictor, self.tasks)
+        self.book = SessionBook(sessions or SessionsSettings(), self.replicas, self.tasks, self.predictor, self._emit)
+        self._dispatcher = Dispatcher(self.fleet, self.predictor, self.tasks, self.book, self._emit)
+        self.gate = Gate(self.fleet, self.predictor, self.tasks, self.book)
         self._number = 0
         self.known = self._table.known
 
@@ -104,24 +104,23 @@ class Scheduler:
             return Verdict(earlier, is_repeat=True)
         pool = self.pools[pool_id]
         self.gate.check_open(pool, now)
-        check = admission.check_lengths if are_tokens_exact else admission.check_bounds
-        max_tokens = check(request, pool.spec, prompt_tokens)
+        self.book.check(request, now)
         self._number += 1
-        task = Task(
-            request=request,
-            task_id=task_id,
+        task = admission.task_of(
+            request,
+            pool,
+            prompt_tokens,
+            are_tokens_exact=are_tokens_exact,
             number=self._number,
-            pool=pool,
+            task_id=task_id,
             seed=seed,
-            max_tokens=max_tokens,
             correlation_id=correlation_id,
-            created_s=now,
-            deadline_s=None if request.deadline_ms is None else now + request.deadline_ms / 1000,
-            tokens_in=sum(prompt_tokens) if are_tokens_exact else None,
-            prompts=len(prompt_tokens),
+            now=now,
         )
+        use = self.book.reserve(task, prompt_tokens, now)
         self.gate.check_deadline(pool, task, now)
         self._enqueue(pool, task, now)
+        self.book.admit(task, use, now)
         pool.wanted_until_s = 0.0  # who was told to come again has come
         self.settle(now)
         self._remember_prediction(task, now)
@@ -191,7 +190,7 @@ class Scheduler:
             task.tokens_in, task.tokens_out, task.outcome = outcome.tokens_in, outcome.tokens_out, outcome
             replica = self.replicas[task.lease.replica_id]
             self.predictor.learn(task.pool, replica, now - task.started_s, outcome)
-            self._dispatcher.remember(task, replica)
+            self.book.ran(task, replica, outcome)
             self._end(task, TaskEvent.FINISH, now, None)
         self._release(task, now)
 
@@ -226,6 +225,7 @@ class Scheduler:
         if not was_running:
             task.pool.queue.remove(task.task_id)
         self._table.settle_deadline(task)
+        self.book.sessions.settle(task, now)
         task.forget_texts()
         self._emit(Ended(task.task_id))
         self._table.retire(task, now)
@@ -233,7 +233,9 @@ class Scheduler:
     def _let_go(self, task: Task, now: float) -> None:
         if task.lease is not None:
             if (replica := self.replicas.get(task.lease.replica_id)) is not None:
-                replica.release(task.lease, task.task_id, now)
+                slot = task.lease.slots[0]
+                replica.release(task.lease, task.task_id, now, keeps_kv=self.book.affinity.holds(replica, slot))
+                self.book.let_go(task, replica, slot)
             task.lease = None
             self._table.retire(task, now)
 
@@ -374,6 +376,7 @@ class Scheduler:
             if self.fleet.is_given_up(pool, now):
                 self._end_all_of(pool, refusals.without_room(pool), now)
             self._dispatcher.dispatch(pool, now)
+        self.book.expire(now)
         if not self.is_draining:
             self.fleet.tick(now)
         self.settle(now)
@@ -388,6 +391,8 @@ class Scheduler:
     def next_due(self) -> float | None:
         """When `tick` has something to do next."""
         due = self._table.next_due()
+        if (session_due := self.book.sessions.next_due()) is not None:
+            due.append(session_due)
         busy = [pool for pool in self.fleet.every_pool() if not pool.is_idle]
         due += [pool.drain_until_s for pool in busy if pool.drain_until_s is not None]
         if not self.is_draining and (fleet_due := self.fleet.next_due()) is not None:

@@ -107,3 +107,11 @@ class Task:
 
     def step(self, event: TaskEvent) -> None:
         self.state = TRANSITIONS[self.state, event]
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What admission says of one submission."""
+
+    task: Task
+    is_repeat: bool  # the same task_id with the same body came before (HP-ADM-8)

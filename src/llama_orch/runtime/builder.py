@@ -213,6 +213,7 @@ class Builder:
             strict_needs_exclusive=traits.strict_needs_exclusive,
             keep_alive_s=None if keep_ms is None else keep_ms / 1000,
             is_on_demand=is_on_demand,
+            kv_bytes_per_token=draft.model.kv_bytes_per_token(settings.ctx),
         )
 
     def _worker_spec(self, draft: Draft, replica_id: str, seat: Seat, threads: int) -> ReplicaSpec:

@@ -12,7 +12,7 @@ from llama_orch.context import correlation_id
 from llama_orch.contract.config import Settings
 from llama_orch.core.scheduler import Scheduler
 from llama_orch.core.task import ENDED, Outcome, Task
-from llama_orch.engines.base import DecodeStalled, EngineBusy, JobRefused, WorkerLost
+from llama_orch.engines.base import DecodeStalled, EngineBusy, EngineError, JobRefused, WorkerLost
 from llama_orch.errors import DecodeTimeout, Internal, InvalidParams, ReplicaExhausted
 from llama_orch.observe.journal import Journal
 from llama_orch.runtime import jobs
@@ -56,6 +56,7 @@ class Decoding:
         # By task number, not by task id: an id may come again while the job of its forgotten task still winds down.
         self._prompts: dict[int, Sequence[str]] = {}
         self._jobs: dict[int, Running] = {}
+        self._evictions: dict[tuple[str, int], asyncio.Task[None]] = {}  # by replica and slot
 
     def prepare(self, task: Task, prompts: Sequence[str]) -> None:
         """What the task will decode, as the engine is to see it."""
@@ -80,6 +81,32 @@ class Decoding:
         running = self._jobs.get(task.number)
         if running is not None:
             running.job.cancel()
+
+    def evict(self, replica_id: str, slot: int) -> None:
+        """Have the engine forget what the idle slot holds. Whoever starts there next waits for it."""
+        eviction = self._spawn(self._evict(replica_id, slot), f"evict {replica_id} slot {slot}")
+        self._evictions[replica_id, slot] = eviction
+        eviction.add_done_callback(lambda done: self._eviction_over(replica_id, slot, done))
+
+    def _eviction_over(self, replica_id: str, slot: int, eviction: asyncio.Task[None]) -> None:
+        if self._evictions.get((replica_id, slot)) is eviction:
+            del self._evictions[replica_id, slot]
+
+    async def evicted(self, replica_id: str, slot: int) -> None:
+        """Return once nothing is being forgotten there."""
+        if (eviction := self._evictions.get((replica_id, slot))) is not None:
+            await asyncio.wait((eviction,))
+
+    async def _evict(self, replica_id: str, slot: int) -> None:
+        if (worker := self._replicas.worker(replica_id)) is None:
+            return  # its process is gone, and all that it held
+        try:
+            await worker.evict(slot)
+        except WorkerLost as error:
+            self._replicas.condemn(replica_id, str(error))
+            self._perform()
+        except EngineError as error:
+            log.warning("slot %d of replica %s could not be cleared: %s", slot, replica_id, error)
 
     def _job_over(self, task: Task) -> None:
         del self._jobs[task.number]
@@ -118,6 +145,8 @@ class Decoding:
         self._perform()
 
     async def _decode(self, task: Task, replica_id: str) -> Outcome:
+        if task.lease is not None:
+            await self.evicted(replica_id, task.lease.slots[0])
         worker = self._replicas.worker(replica_id)
         if worker is None:
             raise WorkerLost("the worker was gone before decoding began")

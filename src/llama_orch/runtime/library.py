@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Protocol
 
 from llama_orch.models.gguf import GgufError, GgufHeader, read_gguf_header
+from llama_orch.models.kv_shape import kv_bytes_per_token
 from llama_orch.models.memory import LoadSettings, memory_need
 from llama_orch.models.references import resolve
 
@@ -23,6 +24,7 @@ class Model:
     path: Path
     ctx_trained: int | None
     need: Need
+    kv_bytes_per_token: Callable[[int], int] = lambda ctx: 0  # at a context of so many tokens
 
 
 class Library(Protocol):
@@ -48,7 +50,13 @@ class FileLibrary:
         except (GgufError, OSError):
             # The engine takes the file all the same, or refuses it with its own words: a simulated one reads none.
             return Model(reference, path, None, lambda ctx, slots, backend: None)
-        return Model(reference, path, header.context_length or None, lambda *figures: _need_bytes(header, *figures))
+        return Model(
+            reference,
+            path,
+            header.context_length or None,
+            lambda *figures: _need_bytes(header, *figures),
+            lambda ctx: kv_bytes_per_token(header, ctx),
+        )
 
 
 def _need_bytes(header: GgufHeader, ctx: int, slots: int, backend: str) -> int | None:

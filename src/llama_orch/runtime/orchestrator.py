@@ -20,7 +20,7 @@ from llama_orch.context import correlation_id
 from llama_orch.contract.config import Settings
 from llama_orch.contract.models import MetricsFrame, TaskRequest, TaskState
 from llama_orch.core import admission
-from llama_orch.core.effects import Abort, Admitted, Effect, Ended, Forget, Start
+from llama_orch.core.effects import Abort, Admitted, Effect, Ended, Evict, Forget, Start
 from llama_orch.core.pool import Pool
 from llama_orch.core.prediction import Outlook
 from llama_orch.core.scheduler import Scheduler
@@ -193,6 +193,15 @@ class Orchestrator:
         self.scheduler.cancel(task_id, self._clock.now())
         self._perform()
 
+    async def delete_session(self, session_id: str) -> None:
+        """End the session. Once this has returned the engine has forgotten it, unless a task of it still runs: then it
+        does so when that one ends (HP-SES-1)."""
+        warmth = self.scheduler.book.delete(session_id)
+        self._perform()
+        self._wake.set()
+        if warmth is not None:
+            await self._decoding.evicted(warmth.replica_id, warmth.slot)
+
     def open_stream(self, task_id: str, after: int) -> Reader:
         self.scheduler.known(task_id)
         limit = self._settings.server.max_streams
@@ -214,6 +223,9 @@ class Orchestrator:
         if task.state is not TaskState.QUEUED:
             return views.NOT_WAITING
         return self.scheduler.predictor.outlooks(task.pool, self.scheduler.tasks, self._clock.now())[task.task_id]
+
+    def now(self) -> float:
+        return self._clock.now()
 
     def wall(self, seconds: float) -> float:
         """Seconds of the scheduler's clock -> seconds since the epoch."""
@@ -241,6 +253,8 @@ class Orchestrator:
                 self._decoding.start(self.scheduler.tasks[task_id])
             case Abort(task_id):
                 self._decoding.abort(self.scheduler.tasks[task_id])
+            case Evict(replica_id, slot):
+                self._decoding.evict(replica_id, slot)
             case Ended(task_id):
                 self._end(self.scheduler.tasks[task_id])
             case Forget(task_id):
@@ -303,7 +317,8 @@ class Orchestrator:
 
     def _metrics_frame(self, task: Task, outlook: Outlook) -> MetricsFrame:
         chance = self.scheduler.predictor.on_time(task.pool, task, outlook.start_in_s, self._clock.now())
-        return views.metrics_frame(task, outlook, len(task.pool.queue), chance)
+        left = self.scheduler.book.sessions.left(task.request.session_id)
+        return views.metrics_frame(task, outlook, len(task.pool.queue), chance, left)
 
 
 def _with_lower_ids(request: TaskRequest) -> TaskRequest:

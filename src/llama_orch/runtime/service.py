@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
+from llama_orch.budgets import BudgetsLeft
 from llama_orch.contract.config import Settings
 from llama_orch.contract.models import (
     AdmissionResponse,
@@ -20,6 +21,7 @@ from llama_orch.contract.models import (
     RateLimits,
     ReplicaState,
     SamplerProfile,
+    SessionInfo,
     TaskList,
     TaskRequest,
     TaskState,
@@ -95,6 +97,27 @@ class LocalService:
 
     def open_stream(self, task_id: str, after: int) -> Reader:
         return self._orchestrator.open_stream(task_id, after)
+
+    def budgets_left(self, session_id: str | None) -> BudgetsLeft:
+        return self._scheduler.book.sessions.left(None if session_id is None else session_id.lower())
+
+    def budgets_left_of(self, task_id: str) -> BudgetsLeft:
+        return self.budgets_left(self._scheduler.known(task_id).request.session_id)
+
+    # -- sessions ------------------------------------------------------------------------------------------------------
+
+    def get_session(self, session_id: str) -> SessionInfo:
+        book = self._scheduler.book
+        session = book.sessions.get(session_id)
+        ttl_s = book.sessions.ttl_s(session, self._orchestrator.now())
+        warmth = book.warmth(session_id)
+        per_token = 0
+        if warmth is not None:
+            per_token = self._scheduler.fleet.owner(self._scheduler.replicas[warmth.replica_id]).spec.kv_bytes_per_token
+        return views.session_info(session, ttl_s, warmth, per_token, book.sessions.left(session_id))
+
+    async def delete_session(self, session_id: str) -> None:
+        await self._orchestrator.delete_session(session_id)
 
     # -- pools ---------------------------------------------------------------------------------------------------------
 
@@ -233,9 +256,19 @@ def gauges(orchestrator: Orchestrator, sources: Sequence[Source]) -> Iterator[Re
             yield "slots_busy", labels, replica.slots_busy
             yield "slots_total", labels, replica.slots if is_ready else 0
             yield "replica_ready", labels, int(is_ready)
+            if is_ready:
+                yield "kv_cache_usage_ratio", labels, _kv_share(orchestrator, pool, replica)
             if replica.holds_memory:
                 for device_id in replica.device_ids:
                     yield from _device_gauges(orchestrator, replica, by_id[device_id], labels)
+
+
+def _kv_share(orchestrator: Orchestrator, pool: Pool, replica: Replica) -> float:
+    """Of the replica's context, what running tasks and sessions hold."""
+    scheduler = orchestrator.scheduler
+    running = [scheduler.tasks[task_id] for task_id in set(replica.leases.values())]
+    tokens = sum(min(pool.spec.ctx, (task.tokens_in or 0) + task.tokens_out) for task in running)
+    return (tokens + scheduler.book.affinity.tokens_on(replica)) / (replica.slots * pool.spec.ctx)
 
 
 def _labels(pool: Pool) -> tuple[str, str, str]:

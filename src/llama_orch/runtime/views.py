@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
+from llama_orch.budgets import BudgetsLeft
 from llama_orch.clock import timestamp
 from llama_orch.contract.models import (
     AdmissionResponse,
@@ -14,6 +15,7 @@ from llama_orch.contract.models import (
     Priority,
     Queue,
     QueueDepth,
+    SessionInfo,
     StartedFrame,
     TaskError,
     TaskStatus,
@@ -21,9 +23,11 @@ from llama_orch.contract.models import (
 from llama_orch.contract.models import FullPolicy as FullPolicyName
 from llama_orch.contract.models import Pool as PoolView
 from llama_orch.contract.models import Replica as ReplicaView
+from llama_orch.core.affinity import Warmth
 from llama_orch.core.pool import Pool
 from llama_orch.core.prediction import Outlook
 from llama_orch.core.replica import Replica
+from llama_orch.core.session import Session
 from llama_orch.core.task import ENDED, Outcome, Task
 
 NOT_WAITING = Outlook(queue_position=None, start_in_s=None)
@@ -54,7 +58,9 @@ def started_frame(task: Task, outlook: Outlook) -> StartedFrame:
     )
 
 
-def metrics_frame(task: Task, outlook: Outlook, queue_depth: int, on_time: float | None) -> MetricsFrame:
+def metrics_frame(
+    task: Task, outlook: Outlook, queue_depth: int, on_time: float | None, left: BudgetsLeft
+) -> MetricsFrame:
     return MetricsFrame(
         queue_depth=queue_depth,
         queue_position=outlook.queue_position,
@@ -63,9 +69,24 @@ def metrics_frame(task: Task, outlook: Outlook, queue_depth: int, on_time: float
         tokens_out=task.tokens_out,
         on_time_probability=on_time,
         kv_warmth=task.outcome is not None and task.outcome.is_kv_warm,
-        tokens_budget_remaining=None,
-        time_budget_remaining_ms=None,
-        cost_budget_remaining=None,
+        tokens_budget_remaining=left.tokens,
+        time_budget_remaining_ms=left.time_ms,
+        cost_budget_remaining=left.cost,
+    )
+
+
+def session_info(
+    session: Session, ttl_s: float, warmth: Warmth | None, kv_bytes_per_token: int, left: BudgetsLeft
+) -> SessionInfo:
+    """`kv_bytes_per_token`: of the pool that holds its KV."""
+    return SessionInfo(
+        ttl_ms_remaining=round(ttl_s * 1000),
+        turns=session.turns,
+        kv_bytes=0 if warmth is None else warmth.tokens * kv_bytes_per_token,
+        kv_warmth=warmth is not None,
+        tokens_budget_remaining=left.tokens,
+        time_budget_remaining_ms=left.time_ms,
+        cost_budget_remaining=left.cost,
     )
 
 

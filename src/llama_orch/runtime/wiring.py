@@ -38,6 +38,7 @@ def wire(
         plan.devices,
         retain_s=settings.tasks.retain_ms / 1000,
         min_residency_s=settings.on_demand.min_residency_ms / 1000,
+        sessions=settings.sessions,
     )
     sources = list(plan.builder.sources.values())
     metrics = Metrics(lambda: gauges(orchestrator, sources))

@@ -9,13 +9,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from llama_orch.contract.config import SessionsSettings
 from llama_orch.contract.models import FinishReason, ReplicaState, TaskRequest
 from llama_orch.core.ledger import Device
 from llama_orch.core.pool import Pool, PoolSpec
 from llama_orch.core.queue import TaskQueue
 from llama_orch.core.replica import Replica
-from llama_orch.core.scheduler import Scheduler, Verdict
-from llama_orch.core.task import Outcome
+from llama_orch.core.scheduler import Scheduler
+from llama_orch.core.task import Outcome, Verdict
 
 GIB = 2**30
 CARDS_GIB = {"3090": 24, "3060": 12, "4090": 24, "cpu": 64}
@@ -109,10 +110,17 @@ def a_host(cards: str = "3090", **spec: Any) -> Host:
     return Host([a_device(device_id) for device_id in ids], [a_pool(masks=[(i,) for i in ids], **spec)])
 
 
-def a_scheduler(host: Host | None = None, *, retain_s: float = 600.0, is_ready: bool = True, **spec: Any) -> Scheduler:
+def a_scheduler(
+    host: Host | None = None,
+    *,
+    retain_s: float = 600.0,
+    is_ready: bool = True,
+    sessions: SessionsSettings | None = None,
+    **spec: Any,
+) -> Scheduler:
     """On `host`, or one 3090 with a pool of `spec`. All replicas are ready at 0.0 unless told otherwise."""
     host = a_host(**spec) if host is None else host
-    scheduler = Scheduler(host.pools, host.devices, retain_s=retain_s)
+    scheduler = Scheduler(host.pools, host.devices, retain_s=retain_s, sessions=sessions)
     if is_ready:
         for replica in [r for r in scheduler.replicas.values() if r.state is ReplicaState.LOADING]:
             scheduler.replica_ready(replica.replica_id, slots=replica.slots, model_digest=DIGEST, now=0.0)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from llama_orch.contract.models import ErrorCode, Priority, ReplicaState, TaskState
-from llama_orch.core.effects import Abort, Admitted, Condemn, Dispose, Effect, Ended, Forget, Load, Start, Unload
+from llama_orch.core.effects import Abort, Admitted, Condemn, Dispose, Effect, Ended, Evict, Forget, Load, Start, Unload
 from llama_orch.core.pool import Pool
 from llama_orch.core.queue import PRIORITIES
 from llama_orch.core.task import ENDED, Task
@@ -116,6 +116,11 @@ class Checker:
     def _see(self, effect: Effect) -> None:
         if isinstance(effect, Load | Unload | Condemn | Dispose):
             return self._on_replica(effect)
+        if isinstance(effect, Evict):
+            replica = self._scheduler.replicas.get(effect.replica_id)
+            is_idle = replica is not None and effect.slot not in replica.leases
+            # Within one event a task may have been started on it since; that one waits for the eviction.
+            return self._note(f"evict {effect.replica_id} slot {effect.slot}{'' if is_idle else ', now taken'}")
         kind, task_id = type(effect).__name__, effect.task_id
         life = self.lives.get(task_id)
         last = "" if life is None else life.last

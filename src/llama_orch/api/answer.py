@@ -1,0 +1,13 @@
+"""A handler's answer with headers of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+
+class Answer(NamedTuple):
+    """`body` is a model of the contract."""
+
+    body: Any
+    headers: Mapping[str, str]
