@@ -14,10 +14,10 @@ What is not: every other status, a server that takes the request and says nothin
 How long it waits
     Never less than the service asks: X-Backoff-Ms, else Retry-After, else `retry_after_ms` of the body. Where it names
     no wait: 0.25 s, doubled with each failure in a row, at most 4 s. On top of either comes the jitter: a random part,
-    even between nothing and JITTER of the wait. A service that knows its queue gives each refused caller a turn of its
-    own, and then a little is enough to break ties; where it tells all of them the same, such as the time at which a
-    load ends, a quarter of that time is the window over which they come. It is never subtracted: who comes too early is
-    refused again, and has made it worse for all.
+    even between nothing and a quarter of the wait (JITTER), at most 1 s (JITTER_MAX_S). It is there for those who were
+    told the same moment, such as the end of a load, or who lost their connections at the same one. It is small, because
+    the service gives each caller whom it sends away a turn of its own: who comes much later than its turn leaves a
+    place empty. It is never subtracted: who comes too early is refused again, and has made it worse for all.
 
 When it gives up
     At ATTEMPTS_MAX requests in a row without success, or as soon as the next wait would bring the sum of waits over
@@ -38,7 +38,7 @@ from llama_orch.client.wire import Peer
 
 ATTEMPTS_MAX = 8
 WAIT_MAX_S = 60.0
-JITTER = 0.25
+JITTER, JITTER_MAX_S = 0.25, 1.0
 _BACKOFF_S, _DOUBLINGS_MAX = 0.25, 4
 _NOT_SENT = (httpx.UnsupportedProtocol, httpx.LocalProtocolError)  # will be no better the next time
 
@@ -107,7 +107,7 @@ class Attempts:
         left_s = self._patience.wait_max_s - self._waited_s
         if self._made >= self._patience.attempts_max or least_s > left_s:
             return None
-        wait_s = min(left_s, least_s * (1 + JITTER * self._patience.dice()))
+        wait_s = min(left_s, least_s + self._patience.dice() * min(JITTER_MAX_S, JITTER * least_s))
         self._waited_s += wait_s
         return wait_s
 
