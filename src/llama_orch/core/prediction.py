@@ -165,9 +165,9 @@ class Predictor:
         return self._starts(pool, tasks, [*ahead, newcomer], now).get(newcomer.task_id)
 
     def advice_ms(self, pool: Pool, tasks: Mapping[str, Task], now: float) -> int:
-        """When the head of the queue will leave it, or without one a slot gets free: the soonest that somebody who is
-        not there finds room (HP-ERR-2)."""
-        return to_advice_ms(self.place_in_s(pool, tasks, now, ahead=0))
+        """When somebody who is not there finds room: when the head of the queue will leave it, or without one a slot
+        gets free; behind those who have a turn (HP-ERR-2). Gives no turn."""
+        return to_advice_ms(self.place_in_s(pool, tasks, now, pool.turns.ahead(now)))
 
     def place_in_s(self, pool: Pool, tasks: Mapping[str, Task], now: float, ahead: int) -> float:
         """Seconds until a place in the queue gets free for one who lets `ahead` others go first: when that many more
@@ -205,9 +205,16 @@ class Predictor:
 
     @staticmethod
     def _guess_s(pool: Pool, tasks: Mapping[str, Task], now: float) -> float:
-        """Of one task before any was measured: the oldest that runs needs as long again as it has taken so far."""
-        held = [tasks[task_id] for replica in pool.replicas.values() for task_id in replica.leases.values()]
-        return max([WAIT_GUESS_S, *(2 * (now - task.started_s) for task in held if task.started_s is not None)])
+        """Of one task before any was measured: what the oldest that runs will have taken, if it is half done; less
+        where the tokens that it has, and those that it may have, tell that it is further."""
+        guesses = [WAIT_GUESS_S]
+        for replica in pool.replicas.values():
+            for task_id in replica.leases.values():
+                task = tasks[task_id]
+                if task.started_s is not None:
+                    done = max(0.5, task.tokens_out / max(1, task.tokens_out_max))
+                    guesses.append((now - task.started_s) / done)
+        return max(guesses)
 
     def ready_advice_ms(self, pool: Pool, now: float) -> int:
         """When to ask again for a pool without a ready replica: when the load is expected to be over; where that is not

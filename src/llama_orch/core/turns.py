@@ -39,6 +39,10 @@ class Turns:
             self._at_s[key] = at_s
         return at_s - now
 
+    def ahead(self, now: float) -> int:
+        """How many are still to come."""
+        return sum(at_s > now for at_s in self._at_s.values())
+
     def came(self, key: Key) -> None:
         """It has found room."""
         self._at_s.pop(key, None)
