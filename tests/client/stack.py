@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +12,7 @@ from llama_orch.api.app import build_app
 from llama_orch.client import AsyncClient
 from llama_orch.contract.config import Settings
 from llama_orch.contract.models import Determinism, TaskRequest
-from llama_orch.engines.simulated import ServiceModel
+from llama_orch.engines.simulated import ServiceModel, SimulatedEngine
 from llama_orch.testing.rehearsal import Stage, a_rehearsal
 from llama_orch.testing.transport import AppTransport, Cut, never
 
@@ -37,11 +37,11 @@ async def a_stack(
     cut: Cut = never,
     dice: random.Random | None = None,
     is_loaded: bool = True,
-    cards: Sequence[str] = ("3090",),
+    engine: SimulatedEngine | None = None,
     **limits: Any,
 ) -> AsyncIterator[Stack]:
     """`limits` are the client's; without them it never gives up."""
-    async with a_rehearsal(settings, model=model, is_loaded=is_loaded, cards=cards) as stage:
+    async with a_rehearsal(settings, model=model, is_loaded=is_loaded, engine=engine) as stage:
         app = build_app(stage.service, token=TOKEN, settings=settings, validate_responses=True)
         transport = AppTransport(app, cut=cut)
         limits = {"attempts_max": 10_000, "wait_max_s": 1e9} | limits

@@ -101,12 +101,6 @@ async def _lost(stack: Stack) -> httpx.Response:
     return await refusal(stack, 100, prompt="a long one " * 1000)
 
 
-async def _reloading(stack: Stack) -> httpx.Response:
-    await filled(stack, 1)
-    await stack.client.reload_pool("default", "builtin:tiny")
-    return await refusal(stack, 100)
-
-
 async def _ending(stack: Stack) -> httpx.Response:
     stack.stage.orchestrator.scheduler.drain(asyncio.get_running_loop().time())
     return await refusal(stack, 100)
@@ -132,7 +126,6 @@ async def _too_many_streams(stack: Stack) -> httpx.Response:
         (_drained, ErrorCode.POOL_UNAVAILABLE, "reject", True),
         (_loading, ErrorCode.POOL_UNREADY, "reject", False),
         (_lost, ErrorCode.POOL_UNREADY, "reject", True),
-        (_reloading, ErrorCode.POOL_UNREADY, "reject", True),
         (_ending, ErrorCode.POOL_UNAVAILABLE, "reject", True),
         (_too_many_streams, ErrorCode.REPLICA_EXHAUSTED, "reject", True),
     ],

@@ -46,8 +46,9 @@ class _Exchange:
 
     def __init__(self, body: bytes) -> None:
         self.head: asyncio.Future[tuple[int, list[tuple[bytes, bytes]]]] = asyncio.get_running_loop().create_future()
-        self.parts: asyncio.Queue[bytes | None] = asyncio.Queue(1)
+        self.parts: asyncio.Queue[bytes | httpx.TransportError | None] = asyncio.Queue(1)  # None: the end
         self._request: bytes | None = body
+        self._is_complete = False
         self._gone = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
 
@@ -61,6 +62,9 @@ class _Exchange:
             if self.head.done():
                 raise
             self.head.set_exception(error)
+        else:
+            if not self._is_complete:  # the application hung up
+                await self._put(httpx.RemoteProtocolError("the answer broke off"))
 
     async def receive(self) -> Message:
         if self._request is not None:
@@ -77,9 +81,10 @@ class _Exchange:
             return
         await self._put(message.get("body", b""))
         if not message.get("more_body", False):
+            self._is_complete = True
             await self._put(None)
 
-    async def _put(self, part: bytes | None) -> None:
+    async def _put(self, part: bytes | httpx.TransportError | None) -> None:
         """Wait until the client takes it, or goes."""
         if part != b"":
             waits = [asyncio.ensure_future(one) for one in (self.parts.put(part), self._gone.wait())]
@@ -103,6 +108,8 @@ class _Body(httpx.AsyncByteStream):
 
     async def __aiter__(self) -> AsyncIterator[bytes]:
         while (part := await self._exchange.parts.get()) is not None:
+            if isinstance(part, httpx.TransportError):
+                raise part
             if self._left is None:
                 yield part
             elif len(part) < self._left:
