@@ -1,5 +1,5 @@
-"""Streams under whatever text and whatever readers: what a reader sees is a prefix of the one true sequence, and whoever
-reads to the end sees it all. From the engine's bytes to the client's frames, over the whole of HTTP, in virtual time."""
+"""Streams under whatever text and whatever readers: what a reader sees is a prefix of the one true sequence, and
+whoever reads to the end sees it all. From the engine's bytes to the client's frames, over HTTP, in virtual time."""
 
 from __future__ import annotations
 

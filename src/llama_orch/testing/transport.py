@@ -34,7 +34,7 @@ class AppTransport(httpx.AsyncBaseTransport):
         exchange = _Exchange(await request.aread())
         exchange.start(self._app, _scope(request))
         try:
-            status, headers = await exchange.head
+            status, headers = await exchange.answered()
         except BaseException:
             await exchange.leave()
             raise
@@ -56,15 +56,18 @@ class _Exchange:
         self._task = asyncio.create_task(self._run(app, scope), name=f"{scope['method']} {scope['path']}")
 
     async def _run(self, app: App, scope: dict[str, Any]) -> None:
-        try:
-            await app(scope, self.receive, self.send)
-        except Exception as error:
-            if self.head.done():
-                raise
-            self.head.set_exception(error)
-        else:
-            if not self._is_complete:  # the application hung up
-                await self._put(httpx.RemoteProtocolError("the answer broke off"))
+        await app(scope, self.receive, self.send)
+        if not self._is_complete:  # the application hung up
+            await self._put(httpx.RemoteProtocolError("the answer broke off"))
+
+    async def answered(self) -> tuple[int, list[tuple[bytes, bytes]]]:
+        """Status and headers. Raises what the application raised before them."""
+        assert self._task is not None
+        await asyncio.wait([self.head, self._task], return_when=asyncio.FIRST_COMPLETED)
+        if not self.head.done():
+            self._task.result()
+            raise httpx.RemoteProtocolError("no answer came")
+        return self.head.result()
 
     async def receive(self) -> Message:
         if self._request is not None:
