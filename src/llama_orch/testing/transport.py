@@ -63,7 +63,8 @@ class _Exchange:
     async def answered(self) -> tuple[int, list[tuple[bytes, bytes]]]:
         """Status and headers. Raises what the application raised before them."""
         assert self._task is not None
-        await asyncio.wait([self.head, self._task], return_when=asyncio.FIRST_COMPLETED)
+        waits: list[asyncio.Future[Any]] = [self.head, self._task]
+        await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
         if not self.head.done():
             self._task.result()
             raise httpx.RemoteProtocolError("no answer came")
