@@ -288,6 +288,7 @@ def test_a_huge_token_holds_nobody_up(letter: str) -> None:
             async with asyncio.TaskGroup() as group:
                 for plan, seen in zip([slow, PATIENT, PATIENT, PATIENT], told, strict=True):
                     group.create_task(one(plan, seen))
+            assert (await stack.client.get_task(task_id)).text == "".join(text for text, _ in script)
             return told
 
     told = run(scenario())
