@@ -74,7 +74,7 @@ def missing_statuses(document: Node, path: str, operation: Node) -> Iterator[tup
     asked = {
         "401": ("it needs the token", operation.get("security", document.get("security")) != []),
         "400": ("it has parameters or a body", bool(parameters) or "requestBody" in operation),
-        "404": ("it has an id", "{" in path),
+        "404": ("it has an id", "{" in path and not operation.get("x-absent-is-success")),
         "413": ("it has a body", "requestBody" in operation),
         "415": ("it has a body", "requestBody" in operation),
     }

@@ -9,14 +9,14 @@ import pytest
 from conftest import Invoke, Start
 from contract_service import DRAINS, RELOADS, ContractService, Refusal, error
 
-from llama_orch.cli import client
+from llama_orch.client import calls
 
 TIMEOUT_S = 60
 
 
 @pytest.fixture(autouse=True)
 def no_time_between_looks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client, "POLL_S", 0.0)
+    monkeypatch.setattr(calls, "POLL_S", 0.0)
 
 
 def looks(service: ContractService) -> int:

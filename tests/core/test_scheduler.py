@@ -7,6 +7,7 @@ import pytest
 from llama_orch.contract.models import Determinism, ErrorCode, Priority, ReplicaState, TaskState
 from llama_orch.core import tasktable
 from llama_orch.core.effects import Abort, Admitted, Effect, Ended, Forget, Load, Start
+from llama_orch.core.prediction import ADVICE_MIN_MS
 from llama_orch.core.replica import BACKOFF_FIRST_S, RESTARTS_MAX, SOUND_SPELL_S, Lease
 from llama_orch.core.scheduler import Scheduler
 from llama_orch.core.task import Task
@@ -204,7 +205,7 @@ def test_a_deadline_that_cannot_be_met_is_refused() -> None:
         DeadlineUnmet, match="would start in 2000 ms, after its deadline of 1999 ms; allow more"
     ) as caught:
         submit(scheduler, "late", now=4.0, deadline_ms=1999)
-    assert (caught.value.policy_label, caught.value.retry_after_ms) == ("deadline", 2000)
+    assert (caught.value.policy_label, caught.value.retry_after_ms) == ("deadline", ADVICE_MIN_MS)
     assert scheduler.take_effects() == []
     assert submit(scheduler, "fine", now=4.0, deadline_ms=2001).task.state is TaskState.QUEUED
 

@@ -14,7 +14,7 @@ import httpx
 import msgspec
 from pact.interaction import HttpInteraction
 
-from llama_orch.cli.client import Client, Frame
+from llama_orch.client import Client, Frame
 from llama_orch.contract.models import FRAMES
 from pact import Pact, match
 
@@ -84,7 +84,8 @@ class Exchange:
         """The client at the mock. Once the block is left, the mock has got exactly what was said. A client that is told
         to wait asks a second time, and gives up then."""
         mock = self._pact.serve(addr="127.0.0.1")
-        with mock, Client(str(mock.url), token, sleep=self.waits.append, attempts_max=2) as client:
+        exact = {"sleep": self.waits.append, "dice": lambda: 0.0}
+        with mock, Client(str(mock.url), token, attempts_max=2, **exact) as client:
             yield client
 
     @contextmanager

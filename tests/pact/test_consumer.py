@@ -9,7 +9,7 @@ import msgspec
 import pytest
 from msgspec import UNSET
 
-from llama_orch.cli.client import ApiError, Client, Frame
+from llama_orch.client import ApiError, Client, Frame
 from llama_orch.contract.models import (
     Determinism,
     DrainRequest,

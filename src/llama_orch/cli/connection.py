@@ -12,9 +12,10 @@ import typer
 from llama_orch.cli.output import FAILED, UsageError, exit_code, note, print_error
 
 if TYPE_CHECKING:
-    from llama_orch.cli.client import Client
+    from llama_orch.client import Client
 
 DEFAULT_URL = "http://127.0.0.1:8080"
+ATTEMPTS_MAX = 5  # of one call: a person waits
 
 
 def server_url(env: Mapping[str, str]) -> str:
@@ -48,7 +49,7 @@ def client_token(url: str, env: Mapping[str, str], *, create: bool = False) -> s
 @contextmanager
 def answers_reported() -> Iterator[None]:
     """Turn a server's refusal, or its silence, into a message and an exit code."""
-    from llama_orch.cli.client import ApiError, UnreachableError
+    from llama_orch.client import ApiError, UnreachableError
 
     try:
         yield
@@ -65,11 +66,11 @@ def answers_reported() -> Iterator[None]:
 @contextmanager
 def connected(env: Mapping[str, str], *, attempts_max: int | None = None) -> Iterator[Client]:
     """A client of the server that is there; its failures are reported. `attempts_max`: of one call; None: the usual
-    number."""
-    from llama_orch.cli.client import ATTEMPTS_MAX, Client
+    number. A server that was never there is not waited for: whoever sits at the terminal may have to start it."""
+    from llama_orch.client import Client
 
     url = server_url(env)
     token = client_token(url, env)
     attempts = ATTEMPTS_MAX if attempts_max is None else attempts_max
-    with answers_reported(), Client(url, token, is_loopback=is_loopback_url(url), attempts_max=attempts) as client:
+    with answers_reported(), Client(url, token, attempts_max=attempts, waits_for_start=False) as client:
         yield client

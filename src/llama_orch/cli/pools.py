@@ -190,7 +190,7 @@ def _follow(
 
 def _until_gone(healths: Iterator[PoolHealth]) -> Iterator[PoolHealth]:
     """A pool that was made on demand goes when its model is unloaded, which is what a drain ends with."""
-    from llama_orch.cli.client import ApiError
+    from llama_orch.client import ApiError
 
     try:
         yield from healths

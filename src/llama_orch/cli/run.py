@@ -22,7 +22,7 @@ from llama_orch.cli.output import DONE, FAILED, INTERRUPTED, UsageError, command
 from llama_orch.contract.models import Determinism, Priority
 
 if TYPE_CHECKING:
-    from llama_orch.cli.client import Client
+    from llama_orch.client import Client
     from llama_orch.contract.models import TaskRequest
 
 _BUILTIN_MODEL = "builtin:tiny"
@@ -96,7 +96,7 @@ def _default_model(client: Client, engine: str | None) -> str:
 @contextmanager
 def _service(env: Mapping[str, str]) -> Iterator[Client]:
     """The server that LLORCH_URL names or that listens at the default address, else one of our own."""
-    from llama_orch.cli.client import Client
+    from llama_orch.client import Client
 
     if not env.get("LLORCH_URL"):
         with answers_reported(), Client(server_url(env), token="") as probe:
@@ -112,8 +112,8 @@ def _service(env: Mapping[str, str]) -> Iterator[Client]:
 
 @contextmanager
 def _own_service(env: Mapping[str, str]) -> Iterator[Client]:
-    from llama_orch.cli.client import Client
     from llama_orch.cli.own_server import StartError, own_server, serve_command
+    from llama_orch.client import Client
     from llama_orch.settings import Home
 
     url, home = server_url(env), Home.of(env).create()
@@ -134,8 +134,8 @@ def _own_service(env: Mapping[str, str]) -> Iterator[Client]:
 
 
 def _run_task(client: Client, request: TaskRequest, as_json: bool) -> int:
-    from llama_orch.cli.client import ApiError, UnreachableError
     from llama_orch.cli.run_output import JsonFrames, Text
+    from llama_orch.client import ApiError, UnreachableError
 
     assert request.task_id is not None
     is_admitted = False
@@ -173,7 +173,7 @@ def _run_task(client: Client, request: TaskRequest, as_json: bool) -> int:
 
 def _cancel(client: Client, task_id: str, is_admitted: bool) -> None:
     """Cancel as well as can be; the command is on its way out."""
-    from llama_orch.cli.client import ApiError, UnreachableError
+    from llama_orch.client import ApiError, UnreachableError
 
     for _ in range(1 if is_admitted else _CANCEL_ATTEMPTS):
         with suppress(ApiError, UnreachableError):

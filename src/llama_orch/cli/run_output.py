@@ -20,7 +20,7 @@ from llama_orch.contract.models import (
 if TYPE_CHECKING:
     from rich.status import Status
 
-    from llama_orch.cli.client import Frame
+    from llama_orch.client import Frame
 
 _EVENTS = {type: event for event, type in FRAMES.items()}
 _DIGEST_CHARS = len("sha256:") + 12

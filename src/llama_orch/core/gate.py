@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from llama_orch.contract.models import Priority, TaskRequest
+from llama_orch.contract.models import TaskRequest
 from llama_orch.core import admission, refusals
 from llama_orch.core.fleet import Fleet
 from llama_orch.core.pool import Pool
-from llama_orch.core.prediction import Predictor
+from llama_orch.core.prediction import Predictor, to_advice_ms
 from llama_orch.core.sessionbook import SessionBook
-from llama_orch.core.task import Task
+from llama_orch.core.task import Task, request_digest
+from llama_orch.core.turns import Key
 from llama_orch.errors import LlorchError
 
 
 class Gate:
-    """Over the scheduler's own tasks and fleet. Raises refusals; changes nothing but the quarantine of a pool."""
+    """Over the scheduler's own tasks and fleet. Raises refusals; changes nothing but the quarantine of a pool, and the
+    turns of those whom it sends away."""
 
     def __init__(self, fleet: Fleet, predictor: Predictor, tasks: Mapping[str, Task], book: SessionBook) -> None:
         self._fleet = fleet
@@ -40,16 +42,30 @@ class Gate:
 
         return min(found, key=load)
 
-    def check_room(self, pool: Pool, priority: Priority, now: float) -> None:
+    def check_room(self, pool: Pool, request: TaskRequest, now: float) -> None:
         """Refuse what `submit` would refuse now whatever the prompt is: an early word, the verdict is `submit`'s."""
         self.check_open(pool, now)
-        if pool.queue.is_closed_to(priority) and not any(r.can_take(exclusive=False) for r in pool.replicas.values()):
-            raise self.no_room(pool, now)
+        has_slot = any(replica.can_take(exclusive=False) for replica in pool.replicas.values())
+        if pool.queue.is_closed_to(request.priority) and not has_slot:
+            raise self.no_room(pool, request, now)
 
-    def no_room(self, pool: Pool, now: float) -> LlorchError:
+    def no_room(self, pool: Pool, request: TaskRequest, now: float) -> LlorchError:
         if not pool.is_ready and not len(pool.queue):  # a queue of no places is not what stands in the way
             return refusals.unready(pool, self._predictor.ready_advice_ms(pool, now))
-        return refusals.full(pool, self._predictor.advice_ms(pool, self._tasks, now))
+        return refusals.full(pool, self.turn_ms(pool, request, now))
+
+    def turn_ms(self, pool: Pool, request: TaskRequest, now: float) -> int:
+        """When the one who is sent away is to come again, which is a turn of its own."""
+        wait_s = pool.turns.give(
+            _key(request), now, lambda ahead: self._predictor.place_in_s(pool, self._tasks, now, ahead)
+        )
+        return to_advice_ms(wait_s)
+
+    def came(self, pool: Pool, request: TaskRequest) -> None:
+        """Who was told to come again has come, and found room."""
+        pool.wanted_until_s = 0.0
+        if len(pool.turns):
+            pool.turns.came(_key(request))
 
     def check_open(self, pool: Pool, now: float) -> None:
         """Whether the pool takes tasks at all."""
@@ -73,4 +89,10 @@ class Gate:
         wait_s = self._predictor.newcomer_wait_s(pool, task, self._tasks, now)
         if wait_s is None or now + wait_s < task.deadline_s:
             return
-        raise refusals.cannot_be_met(pool, task, wait_s, self._predictor.advice_ms(pool, self._tasks, now))
+        # A repeat has as much time again. The soonest that it can be met is so much before the start that is predicted.
+        raise refusals.cannot_be_met(pool, task, wait_s, to_advice_ms(now + wait_s - task.deadline_s))
+
+
+def _key(request: TaskRequest) -> Key:
+    """A client that gives its tasks no id is known by what it asks."""
+    return request_digest(request) if request.task_id is None else request.task_id

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from llama_orch.contract.models import ReplicaState
 from llama_orch.core.queue import FullPolicy, TaskQueue
 from llama_orch.core.replica import Replica
+from llama_orch.core.turns import Turns
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +53,7 @@ class Pool:
     wanted_until_s: float = 0.0  # somebody asked for it who could not be queued yet
     waiting_since_s: float | None = None  # the first of those who wait, or who asked, without a replica that comes
     hopeless_since_s: float | None = None  # it waits for room that nobody who can be made to leave has
+    turns: Turns = field(default_factory=Turns)  # of those who found the queue full
     tokens_in: int = 0
     tokens_out: int = 0
     why_not_loaded: str | None = field(default=None)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 from llama_orch.contract.models import Priority, ReplicaState, TaskState
 from llama_orch.core.estimate import (
@@ -156,8 +157,7 @@ class Predictor:
         if not model.is_known or not serving:
             return None
         mean_s = model.anywhere.service_s(0, model.lengths.average.mean)
-        lanes = sum(1 if pool.spec.strict_needs_exclusive else replica.slots for replica in serving)
-        return len(pool.queue) * mean_s / lanes
+        return len(pool.queue) * mean_s / self._lane_count(pool, serving)
 
     def outlooks(self, pool: Pool, tasks: Mapping[str, Task], now: float) -> dict[str, Outlook]:
         """For every task that waits in the pool, in one pass."""
@@ -173,16 +173,56 @@ class Predictor:
         return self._starts(pool, tasks, [*ahead, newcomer], now).get(newcomer.task_id)
 
     def advice_ms(self, pool: Pool, tasks: Mapping[str, Task], now: float) -> int:
-        """When the head of the queue will leave it, or without one a slot gets free: the soonest that a refused client
-        finds room (HP-ERR-2)."""
-        head = pool.queue.head()
-        if head is None:
-            wait_s = self._slot_wait_s(pool, tasks, now)
+        """When somebody who is not there finds room: when the head of the queue will leave it, or without one a slot
+        gets free; behind those who have a turn (HP-ERR-2). Gives no turn."""
+        return to_advice_ms(self.place_in_s(pool, tasks, now, pool.turns.ahead(now)))
+
+    def place_in_s(self, pool: Pool, tasks: Mapping[str, Task], now: float, ahead: int) -> float:
+        """Seconds until a place in the queue gets free for one who lets `ahead` others go first: when that many more
+        than one have left it. Those who are still to come into it are taken to be like those who wait in it."""
+        waiting = [tasks[task_id] for task_id in islice(pool.queue, ahead + 1)]
+        if waiting:
+            last_s = self._starts(pool, tasks, waiting, now).get(waiting[-1].task_id)
         else:
-            wait_s = self._starts(pool, tasks, [tasks[head]], now).get(head)
-        if wait_s is None:
-            wait_s = WAIT_GUESS_S * (1 + len(pool.queue) / max(1, pool.slots_total()))
-        return _advice(wait_s)
+            last_s = self._slot_wait_s(pool, tasks, now)
+        to_come = ahead + 1 - max(1, len(waiting))
+        interval_s = self._interval_s(pool, tasks) if to_come else 0.0
+        if last_s is None or interval_s is None:
+            return self._guess_s(pool, tasks, now) * (1 + (len(pool.queue) + ahead) / max(1, pool.slots_total()))
+        return last_s + to_come * interval_s
+
+    def _interval_s(self, pool: Pool, tasks: Mapping[str, Task]) -> float | None:
+        """Between two starts of the tasks that wait, on the replicas that serve or will; None where it is not known."""
+        model = self._model(pool)
+        coming = [replica for replica in pool.replicas.values() if replica.is_coming]
+        if not model.is_known or not coming:
+            return None
+        waiting = [tasks[task_id] for task_id in pool.queue]
+        if not waiting:
+            return model.anywhere.service_s(0, model.lengths.average.mean) / self._lane_count(pool, coming)
+        total_s = 0.0
+        for task in waiting:
+            whole = task.is_strict and pool.spec.strict_needs_exclusive
+            lanes = len(coming) if whole else sum(replica.slots for replica in coming)
+            total_s += self._service_s(model, task, ()) / lanes
+        return total_s / len(waiting)
+
+    @staticmethod
+    def _lane_count(pool: Pool, replicas: Sequence[Replica]) -> int:
+        return sum(1 if pool.spec.strict_needs_exclusive else replica.slots for replica in replicas)
+
+    @staticmethod
+    def _guess_s(pool: Pool, tasks: Mapping[str, Task], now: float) -> float:
+        """Of one task before any was measured: what the oldest that runs will have taken, if it is half done; less
+        where the tokens that it has, and those that it may have, tell that it is further."""
+        guesses = [WAIT_GUESS_S]
+        for replica in pool.replicas.values():
+            for task_id in replica.leases.values():
+                task = tasks[task_id]
+                if task.started_s is not None:
+                    done = max(0.5, task.tokens_out / max(1, task.tokens_out_max))
+                    guesses.append((now - task.started_s) / done)
+        return max(guesses)
 
     def ready_advice_ms(self, pool: Pool, now: float) -> int:
         """When to ask again for a pool without a ready replica: when the load is expected to be over; where that is not
@@ -197,7 +237,7 @@ class Predictor:
                 waits.append(replica.retry_at_s - now)
             elif replica.state in (ReplicaState.UNLOADED, ReplicaState.UNLOADING) and known_s is not None:
                 waits.append(known_s)
-        return _advice(min(waits, default=0.0))
+        return to_advice_ms(min(waits, default=0.0))
 
     def on_time(self, pool: Pool, task: Task, start_in_s: float | None, now: float) -> float | None:
         """Chance that the task meets its deadline; None without one or before anything was measured."""
@@ -275,5 +315,6 @@ def _left(since_s: float, mean_s: float, now: float) -> float:
     return max(since_s + mean_s - now, OVERDUE_SHARE * mean_s)
 
 
-def _advice(wait_s: float) -> int:
+def to_advice_ms(wait_s: float) -> int:
+    """Within bounds: nobody is asked to come at once, nor sent away for longer than five minutes."""
     return min(ADVICE_MAX_MS, max(ADVICE_MIN_MS, round(wait_s * 1000)))

@@ -104,7 +104,6 @@ class Scheduler:
             return Verdict(earlier, is_repeat=True)
         pool = self.pools[pool_id]
         self.gate.check_open(pool, now)
-        self.book.check(request, now)
         self._number += 1
         task = admission.task_of(
             request,
@@ -121,7 +120,7 @@ class Scheduler:
         self.gate.check_deadline(pool, task, now)
         self._enqueue(pool, task, now)
         self.book.admit(task, use, now)
-        pool.wanted_until_s = 0.0  # who was told to come again has come
+        self.gate.came(pool, request)
         self.settle(now)
         self._remember_prediction(task, now)
         return Verdict(task, is_repeat=False)
@@ -137,10 +136,11 @@ class Scheduler:
             except QueueFull:
                 self._table.withdraw(task)
                 self._effects.pop()
-                raise self.gate.no_room(pool, now) from None
+                raise self.gate.no_room(pool, task.request, now) from None
             if dropped is not None:
-                wait_ms = self.predictor.advice_ms(pool, self.tasks, now)
-                self._end(self.tasks[dropped], TaskEvent.FAIL, now, refusals.dropped(pool, wait_ms))
+                victim = self.tasks[dropped]
+                wait_ms = self.gate.turn_ms(pool, victim.request, now)
+                self._end(victim, TaskEvent.FAIL, now, refusals.dropped(pool, wait_ms))
                 self._dispatcher.dispatch(pool, now)  # the dropped one may have been a head that nobody could pass
 
     def _remember_prediction(self, task: Task, now: float) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 
 from llama_orch.contract.config import SessionsSettings
-from llama_orch.contract.models import KvHint, ReplicaState, TaskRequest
+from llama_orch.contract.models import KvHint, ReplicaState
 from llama_orch.core import refusals
 from llama_orch.core.affinity import Affinity, Warmth
 from llama_orch.core.effects import Effect, Evict
@@ -36,17 +36,15 @@ class SessionBook:
 
     # -- admission -----------------------------------------------------------------------------------------------------
 
-    def check(self, request: TaskRequest, now: float) -> None:
-        """Refuse a task of a session that has ended, whatever it asks for."""
-        if request.session_id is not None:
-            self.sessions.check(request.session_id, now)
-
     def reserve(self, task: Task, prompt_tokens: Sequence[int], now: float) -> Use:
-        """The most that the task may use; a refusal where that is more than its session has left (HP-ADM-7).
+        """The most that the task may use; a refusal where that is more than its session has left, or where the session
+        has ended (HP-ADM-7).
 
         How long it takes at most is known once tasks of its model were measured; before that it takes all that is left.
         """
         session_id, pool = task.request.session_id, task.pool
+        if session_id is not None:
+            self.sessions.check(session_id, now)
         left = self.sessions.left(session_id)
         time_s = 0.0
         if left.time_ms is not None:

@@ -145,7 +145,7 @@ class Orchestrator:
                 return earlier
             pool = await self._pool_for(request)
             admission.check_request(request, pool.spec, self._settings.sampler_profiles)
-            self.scheduler.gate.check_room(pool, request.priority, self._clock.now())  # before it costs anything
+            self.scheduler.gate.check_room(pool, request, self._clock.now())  # before it costs anything
             return self._admit(pool, request, await self._intake.measure(pool, request, self._clock.now()))
         except LlorchError as error:
             if isinstance(error, PoolUnready) and pool is not None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 from bisect import bisect_right
 from collections.abc import Callable
+from itertools import accumulate
 from typing import NamedTuple
 
 import msgspec
@@ -18,6 +19,8 @@ from llama_orch.contract.models import EndFrame, Error, MetricsFrame, StartedFra
 from llama_orch.errors import PolicyDenied
 
 BATCH_FRAMES_MAX = 256  # per read, so that a replay does not build one huge answer
+BATCH_BYTES_MAX = 1 << 20  # the same, but for a single frame that is larger
+TEXT_CHARS_MAX = 1 << 15  # of one `token` frame; what an engine says at once beyond that becomes several
 FRAME_OVERHEAD_BYTES = 160  # what Python needs around a frame's bytes, about
 LAG_FRAMES_MAX = 4096  # a reader that has once caught up may fall behind by this many frames
 
@@ -52,12 +55,13 @@ class TaskStream:
         return "".join(self._texts) if self._whole_text is None else self._whole_text
 
     def token(self, text: str) -> None:
-        """One `token` frame. Nothing once the stream has ended, whatever the engine still says (HP-STR-6)."""
-        if self.is_ended:
-            return
-        self._write("token", b'{"t":%b,"i":%d}' % (_encode(text), len(self._texts)))
-        self._texts.append(text)
-        self._is_last_metrics = False
+        """A `token` frame, or several where the text is so long that one would hold up a reader's connection; none for
+        an empty text. Nothing once the stream has ended, whatever the engine still says (HP-STR-6)."""
+        for start in range(0, 0 if self.is_ended else len(text), TEXT_CHARS_MAX):
+            part = text[start : start + TEXT_CHARS_MAX]
+            self._write("token", b'{"t":%b,"i":%d}' % (_encode(part), len(self._texts)))
+            self._texts.append(part)
+            self._is_last_metrics = False
 
     def metrics(self, frame: MetricsFrame) -> None:
         if self.is_ended:
@@ -86,7 +90,9 @@ class TaskStream:
     def after(self, number: int) -> list[Frame]:
         """Frames behind the given number, a bounded batch of them."""
         start = bisect_right(self._frames, number, key=lambda frame: frame.number)
-        return self._frames[start : start + BATCH_FRAMES_MAX]
+        found = self._frames[start : start + BATCH_FRAMES_MAX]
+        sizes = accumulate(len(frame.data) for frame in found)
+        return found[: max(1, sum(size <= BATCH_BYTES_MAX for size in sizes))]
 
     @property
     def last_number(self) -> int:

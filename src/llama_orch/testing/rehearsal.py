@@ -60,12 +60,13 @@ async def a_rehearsal(
     model: ServiceModel | None = None,
     cards: Sequence[str] = ("3090",),
     is_loaded: bool = True,
+    engine: SimulatedEngine | None = None,
 ) -> AsyncIterator[Stage]:
     """The service at work, until the block is left; then every task of it is gone. It begins when every replica is
-    ready, or at the start of their loading."""
+    ready, or at the start of their loading. `engine` in place of one with the model's figures."""
     settings = settings_for() if settings is None else settings
     model = ServiceModel() if model is None else model
-    engine = SimulatedEngine(model)
+    engine = SimulatedEngine(model) if engine is None else engine
     sources = sources_for(cards)
     plan = make_plan(settings, {"simulated": engine}, sources)
     orchestrator, service = wire(settings, {"simulated": engine}, plan, _digest, LoopClock())

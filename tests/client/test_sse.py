@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llama_orch.cli import sse
-from llama_orch.cli.sse import SseMessage, SseParser, SseTooLarge
+from llama_orch.client import sse
+from llama_orch.client.sse import SseMessage, SseParser, SseTooLarge
 
 STREAM = (
     "\ufeff: a comment\r\nid: 1\r\nevent: token\r\ndata: one\r\ndata:  two\r\n\r\n"
@@ -58,3 +58,12 @@ def test_too_large(monkeypatch: pytest.MonkeyPatch) -> None:
         _messages([b"data: " + b"x" * 100] * 20, SseParser())
     with pytest.raises(SseTooLarge):
         _messages([b"data: " + b"x" * 100 + b"\n"] * 20, SseParser())
+
+
+def test_a_long_line_is_looked_through_once() -> None:
+    """A message of ten megabytes in small pieces takes the time of its length, not of its square: this test ends."""
+    text = "x" * 10_000_000
+    stream = f"id: 1\ndata: {text}\n\n".encode()
+    chunks = [stream[start : start + 4096] for start in range(0, len(stream), 4096)]
+    (message,) = _messages(chunks, SseParser())
+    assert message.data == text

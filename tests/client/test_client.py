@@ -1,28 +1,21 @@
-"""The typed client against a service over HTTP."""
+"""The typed client, in both its forms, against a service over HTTP."""
 
 from __future__ import annotations
 
+import inspect
+import json
 import uuid
 from itertools import islice
 
+import httpx
 import pytest
-from contract_service import CUT_OFF, DRAINS, RELOADS, ContractService, Refusal, error
 
-from llama_orch.cli.client import ApiError, Client, UnreachableError
+from llama_orch.client import ApiError, AsyncClient, Client, TaskFailed, UnreachableError
 from llama_orch.contract.models import EndFrame, Error, ErrorCode, StartedFrame, TaskRequest, TokenFrame
+from tests.cli.contract_service import CUT_OFF, DRAINS, END, HEALTH, RELOADS, ContractService, Refusal, error
+from tests.client.conftest import NewClient
 
 BUSY = error("ADMISSION_REJECT", retriable=True, retry_after_ms=30)
-
-
-@pytest.fixture
-def waits() -> list[float]:
-    """What the client slept, in seconds."""
-    return []
-
-
-@pytest.fixture
-def client(service: ContractService, waits: list[float]) -> Client:
-    return Client(service.url, service.token, sleep=waits.append)
 
 
 def _request(prompt: str) -> TaskRequest:
@@ -183,8 +176,36 @@ def test_retries_are_bounded(client: Client, service: ContractService, waits: li
     service.refusals = [Refusal(429, BUSY)] * 100
     with pytest.raises(ApiError) as refused:
         client.pools()
-    assert refused.value.error.code == ErrorCode.ADMISSION_REJECT
-    assert len(waits) == 4
+    assert refused.value.code == ErrorCode.ADMISSION_REJECT
+    assert len(waits) == 7
+
+
+@pytest.mark.spec("HP-ERR-3")
+def test_waits_are_bounded(new_client: NewClient, service: ContractService, waits: list[float]) -> None:
+    """A wait that would exceed the caller's limit is not begun; the random part alone is cut to what is left."""
+    client = new_client(service.url, service.token, attempts_max=100, wait_max_s=0.1, dice=lambda: 0.999)
+    service.refusals = [Refusal(429, BUSY)] * 100
+    with pytest.raises(ApiError) as refused:
+        client.pools()
+    assert refused.value.retry_after_s == 0.03
+    assert waits == [pytest.approx(0.0375, rel=0.01), pytest.approx(0.0375, rel=0.01)]
+    waits.clear()
+    service.refusals = [Refusal(429, BUSY, {"X-Backoff-Ms": "90"})]
+    client.pools()
+    assert waits == [0.1]
+
+
+@pytest.mark.spec("HP-ERR-3")
+@pytest.mark.parametrize("dice", [0.0, 0.5, 0.999])
+def test_waits_are_spread(
+    new_client: NewClient, service: ContractService, waits: list[float], closed_url: str, dice: float
+) -> None:
+    """A random part comes on top of what the service asks, and of what the client waits of its own; never below."""
+    service.refusals = [Refusal(429, BUSY, {"X-Backoff-Ms": "1000"})]
+    new_client(service.url, service.token, dice=lambda: dice).pools()
+    with pytest.raises(UnreachableError):
+        new_client(closed_url, "t", attempts_max=2, dice=lambda: dice).pools()
+    assert waits == [pytest.approx(1 + dice / 4), pytest.approx(0.25 * (1 + dice / 4))]
 
 
 @pytest.mark.spec("HP-ERR-3")
@@ -221,7 +242,7 @@ def test_foreign_failure(client: Client, service: ContractService) -> None:
     service.refusals = [Refusal(502, {"no": "error"})]
     with pytest.raises(ApiError) as refused:
         client.pools()
-    assert "LLORCH_URL" in refused.value.error.message
+    assert f"is {service.url} the right address?" in refused.value.error.message
     assert refused.value.error.correlation_id == client.correlation_id
 
 
@@ -239,31 +260,130 @@ def test_is_there_keeps_the_token(client: Client, service: ContractService) -> N
     assert "authorization" not in service.seen[-1].headers
 
 
-def test_nothing_there(closed_url: str) -> None:
-    """A refused connection is told apart, and is not there."""
-    client = Client(closed_url, "t")
+def test_nothing_there(new_client: NewClient, closed_url: str, waits: list[float]) -> None:
+    """A refused connection is told apart, and is not there; a client that need not wait says so at once."""
+    client = new_client(closed_url, "t", waits_for_start=False)
     assert not client.is_there()
     with pytest.raises(UnreachableError) as refused:
         client.pools()
     assert refused.value.is_refused
+    assert waits == []
 
 
-def test_no_proxy_for_loopback(service: ContractService, closed_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_there_in_time(new_client: NewClient, closed_url: str, waits: list[float]) -> None:
+    """A service that is to come is waited for, within the limits; each wait is twice the one before, up to 4 s."""
+    with pytest.raises(UnreachableError) as refused:
+        new_client(closed_url, "t").pools()
+    assert refused.value.is_refused
+    assert waits == [0.25, 0.5, 1.0, 2.0, 4.0, 4.0, 4.0]
+
+
+@pytest.mark.spec("HP-ERR-3")
+def test_a_service_that_restarts_is_waited_for(new_client: NewClient, waits: list[float]) -> None:
+    """A refused connection is a restart where somebody was there before: the request is sent again, and answered. Even
+    one that is otherwise sent only once, since nothing has happened."""
+    is_away = iter([False, True, True, False])
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        if next(is_away):
+            raise httpx.ConnectError("refused", request=request)
+        return httpx.Response(200, json=HEALTH)
+
+    client = new_client("http://service", "t", waits_for_start=False, transport=httpx.MockTransport(answer))
+    client.pool_health("default")
+    assert client.reload_pool("default", "builtin:next").ready
+    assert waits == [0.25, 0.5]
+
+
+@pytest.mark.spec("HP-ERR-3", "HP-ADM-8")
+def test_an_answer_that_got_lost_is_asked_for_again(client: Client, service: ContractService) -> None:
+    """A submission whose connection broke is sent again under the same id, whether it came through or not."""
+    service.refusals = [CUT_OFF]
+    admission = client.submit(_request("hello"))
+    bodies = [seen.body for seen in service.seen]
+    assert [body["task_id"] for body in bodies] == [admission.task_id] * 2
+    assert len(service.tasks) == 1
+
+
+def test_silence_is_not_repeated(new_client: NewClient, waits: list[float]) -> None:
+    """A server that takes the request and says nothing in time is not asked again."""
+
+    def silence(request: httpx.Request) -> httpx.Response:
+        raise httpx.ReadTimeout("nothing came", request=request)
+
+    with pytest.raises(UnreachableError, match="no answer"):
+        new_client("http://service", "t", transport=httpx.MockTransport(silence)).pools()
+    assert waits == []
+
+
+def test_a_whole_run(client: Client) -> None:
+    """`run` gives the text and the last frame; a task that fails is an exception with its error and its text so far."""
+    answer = client.run(_request("hello"))
+    assert (answer.text, answer.end.seed) == ("Hello wörld", 7)
+    with pytest.raises(TaskFailed, match="it is WORKER_RESET") as failed:
+        client.run(_request("lost"))
+    assert (failed.value.error.code, failed.value.text) == (ErrorCode.WORKER_RESET, "a")
+
+
+@pytest.mark.spec("HP-STR-7")
+def test_no_frame_comes_twice(new_client: NewClient) -> None:
+    """What somebody in between replays is left out, and a reader that was cut off for its slowness goes on."""
+    tokens = [f'id: {n}\nevent: token\ndata: {{"t":"{n}","i":{n}}}\n\n' for n in range(4)]
+    cut = f"id: 1\nevent: error\ndata: {json.dumps(error('POLICY_DENIED', policy_label='slow-reader'))}\n\n"
+    end = f"id: 4\nevent: end\ndata: {json.dumps(END)}\n\n"
+    parts = iter([[*tokens[:2], cut], tokens[:3], [*tokens[1:], end]])
+    asked: list[str | None] = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        asked.append(request.headers.get("Last-Event-ID"))
+        return httpx.Response(200, text="".join(next(parts)))
+
+    client = new_client("http://service", "t", transport=httpx.MockTransport(answer))
+    frames = list(client.stream("0"))
+    assert [frame.t for frame in frames if isinstance(frame, TokenFrame)] == ["0", "1", "2", "3"]
+    assert isinstance(frames[-1], EndFrame)
+    assert asked == [None, "1", "2"]
+
+
+@pytest.mark.spec("HP-SEC-7")
+def test_a_token_that_cannot_be_sent_is_not_shown(new_client: NewClient) -> None:
+    """A token with a line end is refused, in words that do not have it."""
+    with pytest.raises(ValueError, match="control characters") as refused:
+        new_client("http://service", "secret\n")
+    assert "secret" not in str(refused.value)
+
+
+def test_both_clients_have_the_same_methods() -> None:
+    """And the same parameters, so that one page describes both."""
+
+    def surface(kind: type) -> dict[str, list[str]]:
+        public = {name: value for name, value in vars(kind).items() if not name.startswith("_") and callable(value)}
+        return {name: list(inspect.signature(value).parameters) for name, value in public.items()}
+
+    assert surface(Client) == surface(AsyncClient)
+    assert list(inspect.signature(Client).parameters) == list(inspect.signature(AsyncClient).parameters)
+
+
+def test_no_proxy_for_loopback(
+    new_client: NewClient, service: ContractService, closed_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A proxy of the environment does not come between a program and its own machine."""
     for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY"):
         monkeypatch.setenv(name, closed_url)
-    assert Client(service.url, service.token).pools().items
+    assert new_client(service.url, service.token).pools().items
 
 
 def test_reconnects_are_bounded(client: Client, waits: list[float]) -> None:
     """A stream that breaks again and again without a new frame is given up."""
     with pytest.raises(UnreachableError, match="could not be taken up"):
         _text(client, "gone")
-    assert len(waits) == 4
+    assert len(waits) == 7
 
 
-def test_reconnects_to_a_server_that_went_are_bounded(closed_url: str, waits: list[float]) -> None:
+def test_reconnects_to_a_server_that_went_are_bounded(
+    new_client: NewClient, closed_url: str, waits: list[float]
+) -> None:
     """Neither is a server that no longer listens asked for ever."""
-    with pytest.raises(UnreachableError, match="could not be taken up"):
-        list(Client(closed_url, "t", sleep=waits.append).stream(str(uuid.uuid4())))
-    assert len(waits) == 4
+    with pytest.raises(UnreachableError, match="nothing answers"):
+        list(new_client(closed_url, "t").stream(str(uuid.uuid4())))
+    assert len(waits) == 7

@@ -30,7 +30,8 @@ class SseParser:
     def __init__(self, last_id: str = "") -> None:
         self.last_id = last_id
         self.retry_ms: int | None = None
-        self._rest = b""
+        self._rest = bytearray()
+        self._searched = 0  # so far there is no line end in the rest: a long line is not looked through again and again
         self._held_bytes = 0
         self._is_first = True
         self._event, self._id = "", last_id
@@ -48,13 +49,14 @@ class SseParser:
             raise SseTooLarge(f"a message of the stream is larger than {MESSAGE_BYTES_MAX} bytes")
 
     def _lines(self) -> Iterator[bytes]:
-        start = 0
-        for end in _LINE_END.finditer(self._rest):
-            if end[0] == b"\r" and end.end() == len(self._rest):
+        start, rest = 0, bytes(self._rest) if _LINE_END.search(self._rest, self._searched) else b""
+        for end in _LINE_END.finditer(rest, self._searched):
+            if end[0] == b"\r" and end.end() == len(rest):
                 break  # perhaps half of \r\n
-            yield self._without_bom(self._rest[start : end.start()])
+            yield self._without_bom(rest[start : end.start()])
             start = end.end()
-        self._rest = self._rest[start:]
+        del self._rest[:start]
+        self._searched = len(self._rest) - self._rest.endswith(b"\r")
 
     def _without_bom(self, line: bytes) -> bytes:
         is_first, self._is_first = self._is_first, False

@@ -1,0 +1,190 @@
+"""The client for asyncio."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import random
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from typing import Any, TypeVar
+
+import httpx
+
+from llama_orch.client import calls, wire
+from llama_orch.client.calls import Call
+from llama_orch.client.errors import UnreachableError
+from llama_orch.client.reading import Answer, Frame, Reading, answer_of
+from llama_orch.client.retry import ATTEMPTS_MAX, WAIT_MAX_S, Attempts, Patience
+from llama_orch.contract.models import (
+    AdmissionResponse,
+    Capabilities,
+    Pool,
+    PoolHealth,
+    PoolList,
+    TaskList,
+    TaskRequest,
+    TaskState,
+    TaskStatus,
+)
+
+T = TypeVar("T")
+
+
+class AsyncClient:
+    """`Client` for asyncio: the same methods, to be awaited. One for each event loop; any number of its tasks may share
+    it. A task of the loop that is canceled in mid-call leaves the call as it is: the service may have got it.
+
+    Every method tries again as `llama_orch.client.retry` says, within `attempts_max` requests and `wait_max_s` seconds
+    of waiting, and raises ApiError (the service said no), or UnreachableError (it said nothing that could be used).
+    `waits_for_start` False: a service that has never answered this client is not waited for. For tests: `sleep` takes
+    seconds, `dice` gives a number from 0 up to 1, `transport` carries the requests.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        token: str,
+        *,
+        attempts_max: int = ATTEMPTS_MAX,
+        wait_max_s: float = WAIT_MAX_S,
+        waits_for_start: bool = True,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+        dice: Callable[[], float] = random.random,
+        transport: httpx.AsyncBaseTransport | None = None,
+    ) -> None:
+        self._peer = wire.Peer(url, token)
+        self._patience = Patience(attempts_max, wait_max_s, waits_for_start, dice)
+        self._sleep = sleep
+        self._http = httpx.AsyncClient(transport=transport, **self._peer.options())
+
+    @property
+    def url(self) -> str:
+        return self._peer.url
+
+    @property
+    def correlation_id(self) -> str:
+        """Sent with every request."""
+        return self._peer.correlation_id
+
+    async def __aenter__(self) -> AsyncClient:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        await self._http.aclose()
+
+    # -- tasks -------------------------------------------------------------------------------------------------------
+
+    async def run(self, request: TaskRequest) -> Answer:
+        """Submit the task and read it to its end. Raises TaskFailed for its `error` frame. Left half-way, by an
+        exception or Ctrl-C, the task goes on: give the request a `task_id` to be able to `cancel` it."""
+        task_id = (await self.submit(request)).task_id
+        async with contextlib.aclosing(self.stream(task_id)) as frames:
+            return answer_of(task_id, [frame async for frame in frames])
+
+    async def submit(self, request: TaskRequest) -> AdmissionResponse:
+        """Have the task admitted. It gets a `task_id` if it has none: however often this is sent, it runs once."""
+        return await self._call(calls.submit(request))
+
+    async def stream(self, task_id: str, last_event_id: str = "") -> AsyncGenerator[Frame, None]:
+        """The task's frames, to its `end` or `error`. Each comes once, also over broken connections."""
+        reading = Reading(self._peer, task_id, last_event_id)
+        attempts = self._attempts()
+        while not reading.is_over:
+            cause: Exception | None = None
+            async with contextlib.aclosing(await self._send(reading.call(), attempts, stream=True)) as answer:
+                try:
+                    async for chunk in answer.aiter_bytes():
+                        for frame in reading.feed(chunk):
+                            attempts.renew()
+                            yield frame
+                except httpx.TransportError as error:
+                    cause = error
+            if not reading.is_over:
+                await self._sleep(attempts.broke(reading.what, cause, reading.retry_s))
+
+    async def cancel(self, task_id: str) -> None:
+        """Cancel the task; one that has ended is left as it is."""
+        await self._call(calls.cancel(task_id))
+
+    async def get_task(self, task_id: str) -> TaskStatus:
+        return await self._call(calls.get_task(task_id))
+
+    async def list_tasks(
+        self,
+        *,
+        state: TaskState | None = None,
+        session_id: str | None = None,
+        limit: int | None = None,
+        cursor: str | None = None,
+    ) -> TaskList:
+        """One page, newest first; `next_cursor` of the answer leads to the next."""
+        return await self._call(calls.list_tasks(state, session_id, limit, cursor))
+
+    # -- pools and the installation ----------------------------------------------------------------------------------
+
+    async def pools(self, *, limit: int | None = None, cursor: str | None = None) -> PoolList:
+        return await self._call(calls.pools(limit, cursor))
+
+    async def pool(self, pool_id: str) -> Pool:
+        return await self._call(calls.pool(pool_id))
+
+    async def pool_health(self, pool_id: str) -> PoolHealth:
+        return await self._call(calls.pool_health(pool_id))
+
+    async def watch_pool(self, pool_id: str) -> AsyncIterator[PoolHealth]:
+        """The pool's health about twice a second, the first after one wait; for as long as the caller wants it."""
+        while True:
+            await self._sleep(calls.POLL_S)
+            yield await self.pool_health(pool_id)
+
+    async def drain_pool(self, pool_id: str, deadline_ms: int) -> PoolHealth:
+        """Begin a drain, or give the one that runs a new deadline. The pool's health as it is then."""
+        return await self._call(calls.drain_pool(pool_id, deadline_ms))
+
+    async def reload_pool(self, pool_id: str, new_model_ref: str) -> PoolHealth:
+        """Begin a reload. The pool's health as it is then. Where the connection breaks it may have begun."""
+        return await self._call(calls.reload_pool(pool_id, new_model_ref))
+
+    async def capabilities(self) -> Capabilities:
+        return await self._call(calls.capabilities())
+
+    async def is_there(self) -> bool:
+        """Whether a llama-orch answers at the address. Says nothing about the token, and does not send it."""
+        try:
+            return wire.is_healthy(await self._http.get("/healthz"))
+        except httpx.TimeoutException as error:
+            raise UnreachableError(f"{self.url} takes connections but does not answer") from error
+        except (httpx.TransportError, *wire.BAD_JSON):
+            return False
+
+    # -- HTTP --------------------------------------------------------------------------------------------------------
+
+    async def _call(self, call: Call[T]) -> T:
+        content = (await self._send(call, self._attempts(is_repeatable=call.is_repeatable))).content
+        answer: Any = None if call.answer is None else self._peer.decoded(content, call.answer)
+        return answer  # type: ignore[no-any-return]
+
+    def _attempts(self, *, is_repeatable: bool = True) -> Attempts:
+        return Attempts(self._peer, self._patience, is_repeatable=is_repeatable)
+
+    async def _send(self, call: Call[Any], attempts: Attempts, *, stream: bool = False) -> httpx.Response:
+        """The successful answer, after as many attempts as it takes; its body unread where it is a stream."""
+        timeout = wire.STREAM_TIMEOUT_S if stream else wire.ANSWER_TIMEOUT_S
+        while True:
+            request = self._http.build_request(**call.parts(), timeout=timeout)
+            request.headers.update(self._peer.authorization)
+            try:
+                answer = await self._http.send(request, stream=stream)
+                if answer.is_success:
+                    self._peer.has_answered = True
+                    return answer
+                async with contextlib.aclosing(answer):
+                    content = await answer.aread()
+            except httpx.TransportError as error:
+                wait_s = attempts.failed(error)
+            else:
+                wait_s = attempts.refused(answer.status_code, answer.headers, content)
+            await self._sleep(wait_s)
