@@ -161,6 +161,14 @@ class SessionExpired(LlorchError):
     code = ErrorCode.SESSION_EXPIRED
 
 
+class ModelDeprecated(LlorchError):
+    code = ErrorCode.MODEL_DEPRECATED
+
+
+class UntrustedArtifact(LlorchError):
+    code = ErrorCode.UNTRUSTED_ARTIFACT
+
+
 class PolicyDenied(LlorchError):
     code = ErrorCode.POLICY_DENIED
 

@@ -176,7 +176,7 @@ class Fleet:
                 pool.is_draining, pool.drain_until_s = False, None  # nothing is left of it: the next task begins anew
 
     def _why_unloaded(self, pool: Pool, replica: Replica, now: float) -> str | None:
-        if pool.is_draining and pool.is_idle:
+        if pool.is_leaving and pool.is_idle:
             return "drain"
         keep_s = self._keep_alive_s(pool)
         if keep_s is None or replica.state is not ReplicaState.READY or self.planner.is_needed(pool, now):
@@ -246,7 +246,7 @@ class Fleet:
 
     def _keep_pinned(self, pool: Pool, now: float) -> None:
         """What is to stay loaded is loaded again as soon as there is room."""
-        if pool.is_draining or pool.spec.pool_id in self.coming:
+        if pool.is_leaving or pool.spec.pool_id in self.coming:
             return
         for replica in pool.replicas.values():
             if replica.is_pinned and replica.state is ReplicaState.UNLOADED:

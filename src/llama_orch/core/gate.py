@@ -36,7 +36,7 @@ class Gate:
             busy = sum(replica.slots_busy for replica in pool.replicas.values())
             is_full = bool(len(pool.queue)) and len(pool.queue) >= pool.queue.capacity
             per_slot = (len(pool.queue) + busy) / max(1, pool.slots_total())
-            is_closed = pool.is_draining or pool.is_paused
+            is_closed = pool.is_draining or pool.is_paused or pool.bar is not None
             is_warm = warmth is not None and warmth.replica_id in pool.replicas
             return (is_closed, not pool.is_live, not pool.is_ready, is_full, not is_warm, per_slot)
 
@@ -71,6 +71,8 @@ class Gate:
         """Whether the pool takes tasks at all."""
         if self._fleet.is_ending:
             raise refusals.ending(pool)
+        if pool.bar is not None:
+            raise refusals.barred(pool, pool.bar)
         if pool.is_draining:
             raise refusals.draining(pool)
         if pool.is_paused:

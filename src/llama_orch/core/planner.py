@@ -49,7 +49,7 @@ class Planner:
     @staticmethod
     def is_needed(pool: Pool, now: float) -> bool:
         """Whether somebody waits for the pool, or was told to come again."""
-        is_open = not (pool.is_paused or pool.is_draining)
+        is_open = not (pool.is_paused or pool.is_leaving)
         return bool(len(pool.queue)) or (pool.wanted_until_s > now and is_open)
 
     def has_backlog(self, pool: Pool) -> bool:

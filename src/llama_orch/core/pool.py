@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from llama_orch.contract.models import ReplicaState
+from llama_orch.core.bar import Bar
 from llama_orch.core.queue import FullPolicy, TaskQueue
 from llama_orch.core.replica import Replica
 from llama_orch.core.turns import Turns
@@ -48,6 +49,7 @@ class Pool:
     model_digest: str | None = None
     is_draining: bool = False
     drain_until_s: float | None = None
+    bar: Bar | None = None  # the catalog keeps its model from new tasks
     is_paused: bool = False  # it takes no new tasks because another model takes its place
     last_reload: str | None = None
     wanted_until_s: float = 0.0  # somebody asked for it who could not be queued yet
@@ -57,6 +59,11 @@ class Pool:
     tokens_in: int = 0
     tokens_out: int = 0
     why_not_loaded: str | None = field(default=None)
+
+    @property
+    def is_leaving(self) -> bool:
+        """It takes no new tasks, and is unloaded once it has none."""
+        return self.is_draining or (self.bar is not None and self.bar.is_lasting)
 
     @property
     def is_ready(self) -> bool:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from llama_orch.budgets import BudgetsLeft
 from llama_orch.contract.models import TaskState
+from llama_orch.core.bar import Bar, BarKind
 from llama_orch.core.pool import Pool
 from llama_orch.core.task import Task
 from llama_orch.errors import (
@@ -14,9 +15,12 @@ from llama_orch.errors import (
     BudgetExhausted,
     Canceled,
     DeadlineUnmet,
+    LlorchError,
+    ModelDeprecated,
     PoolUnavailable,
     PoolUnready,
     QueueFullDropLru,
+    UntrustedArtifact,
     WorkerReset,
 )
 
@@ -40,6 +44,18 @@ def draining(pool: Pool) -> PoolUnavailable:
         engine=pool.spec.engine,
         retry_after_ms=MENDING_MS,  # it comes back when somebody sees to it
     )
+
+
+def barred(pool: Pool | None, bar: Bar) -> LlorchError:
+    """What the catalog has decided of a model; `pool` None where none serves it."""
+    engine = None if pool is None else pool.spec.engine
+    match bar.kind:
+        case BarKind.RETIRED:
+            return ModelDeprecated(bar.reason, engine=engine)
+        case BarKind.UNTRUSTED:
+            return UntrustedArtifact(bar.reason, engine=engine)
+        case BarKind.UNVERIFIED:
+            return PoolUnready(bar.reason, engine=engine, retry_after_ms=bar.wait_ms)
 
 
 def drained(pool: Pool) -> PoolUnavailable:

@@ -124,7 +124,7 @@ class Rollouts:
         rollout.old.last_reload = (
             f"failed: {rollout.new.spec.model}: {reason}; {rollout.old.spec.model} keeps its place"
         )
-        if rollout.phase is Phase.IN_PLACE and not rollout.old.is_draining:
+        if rollout.phase is Phase.IN_PLACE and not rollout.old.is_leaving:
             _promise(rollout.old, now)
 
     def settle(self, now: float) -> bool:

@@ -15,6 +15,8 @@ from collections.abc import Sequence
 from llama_orch.contract.config import SessionsSettings
 from llama_orch.contract.models import ReplicaState, TaskRequest, TaskState
 from llama_orch.core import admission, refusals
+from llama_orch.core.bar import Bar
+from llama_orch.core.closing import Closing
 from llama_orch.core.dispatch import Dispatcher
 from llama_orch.core.effects import Abort, Admitted, Effect, Ended, Forget
 from llama_orch.core.fleet import Fleet
@@ -53,6 +55,7 @@ class Scheduler:
         self.rollouts = Rollouts(self.fleet)
         self.book = SessionBook(sessions or SessionsSettings(), self.replicas, self.tasks, self.predictor, self._emit)
         self._dispatcher = Dispatcher(self.fleet, self.predictor, self.tasks, self.book, self._emit)
+        self.closing = Closing(self.fleet, self.rollouts, self.tasks, self._end)
         self.gate = Gate(self.fleet, self.predictor, self.tasks, self.book)
         self._number = 0
         self.known = self._table.known
@@ -244,13 +247,6 @@ class Scheduler:
         self._dispatcher.dispatch(task.pool, now)
         self.settle(now)
 
-    def _end_all_of(self, pool: Pool, error: LlorchError, now: float, *, running_too: bool = False) -> None:
-        for task in [self.tasks[task_id] for task_id in pool.queue]:
-            self._end(task, TaskEvent.FAIL, now, error)
-        for task in list(self.tasks.values()) if running_too else []:
-            if task.pool is pool and task.state is TaskState.RUNNING:
-                self._end(task, TaskEvent.FAIL, now, error)
-
     # -- replicas and devices ----------------------------------------------------------------------------------------
 
     def replica_ready(self, replica_id: str, *, slots: int, model_digest: str, now: float) -> None:
@@ -295,9 +291,9 @@ class Scheduler:
     def _send_back_from(self, pool: Pool, now: float) -> None:
         """Where nothing is left that could serve those who wait."""
         if not pool.is_live:
-            self._end_all_of(pool, refusals.gone(pool), now)
+            self.closing.end_all_of(pool, refusals.gone(pool), now)
         elif (lost := self.fleet.lost_devices(pool)) is not None:
-            self._end_all_of(pool, refusals.without_devices(pool, lost), now)
+            self.closing.end_all_of(pool, refusals.without_devices(pool, lost), now)
 
     def replica_gone(self, replica_id: str, now: float) -> None:
         """The process of a lost worker has ended, and its memory is back."""
@@ -334,9 +330,12 @@ class Scheduler:
 
     def drain_pool(self, pool_id: str, deadline_s: float, now: float) -> None:
         """Take no new tasks for the pool; at the time `deadline_s` end what it still has; unload it."""
-        pool = self.pool(pool_id)
-        pool.is_draining, pool.drain_until_s, pool.wanted_until_s = True, deadline_s, 0.0
-        self.rollouts.failed(pool_id, "the pool was drained", now)
+        self.closing.drain(self.pool(pool_id), deadline_s, now)
+        self.tick(now)
+
+    def bar_pool(self, pool: Pool, bar: Bar | None, now: float, deadline_s: float | None = None) -> None:
+        """What the catalog has decided of the pool's model; None: it may be served (again)."""
+        self.closing.bar(pool, bar, deadline_s, now)
         self.tick(now)
 
     def reload_pool(self, pool_id: str, new: Pool, now: float) -> None:
@@ -356,7 +355,7 @@ class Scheduler:
         self.fleet.end()
         for pool in self.fleet.every_pool():
             pool.is_draining = True
-            self._end_all_of(pool, refusals.ending(pool), now)
+            self.closing.end_all_of(pool, refusals.ending(pool), now)
 
     @property
     def is_idle(self) -> bool:
@@ -370,11 +369,9 @@ class Scheduler:
         while (task := self._table.next_late(now)) is not None:
             self._end(task, TaskEvent.FAIL, now, refusals.too_late(task.pool, task))
         for pool in self.fleet.every_pool():
-            if pool.drain_until_s is not None and pool.drain_until_s <= now:
-                pool.drain_until_s = None
-                self._end_all_of(pool, refusals.drained(pool), now, running_too=True)
+            self.closing.end_late(pool, now)
             if self.fleet.is_given_up(pool, now):
-                self._end_all_of(pool, refusals.without_room(pool), now)
+                self.closing.end_all_of(pool, refusals.without_room(pool), now)
             self._dispatcher.dispatch(pool, now)
         self.book.expire(now)
         if not self.is_draining:

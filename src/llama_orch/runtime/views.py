@@ -182,7 +182,7 @@ def pool_health(pool: Pool, others: Iterable[Replica], tokens_per_second: float 
     return PoolHealth(
         live=pool.is_live,
         ready=pool.is_ready,
-        draining=pool.is_draining,
+        draining=pool.is_leaving,
         last_error=pool.why_not_loaded or pool.last_error,
         last_reload=pool.last_reload,
         replicas=[replica_view(replica) for replica in (*pool.replicas.values(), *others)],
