@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 
 import uvicorn
 import uvloop
@@ -27,14 +28,21 @@ from llama_orch.engines.base import Engine
 from llama_orch.engines.private_folder import sweep_private_folders
 from llama_orch.engines.process import worker_environment
 from llama_orch.engines.registry import build_engines
+from llama_orch.errors import StorageUnavailable
 from llama_orch.models.calibration import Calibration
+from llama_orch.models.catalog import CatalogBook, Sight
 from llama_orch.models.digest import Digests
+from llama_orch.models.references import resolve
 from llama_orch.observe import logs
 from llama_orch.runtime.builder import Builder
-from llama_orch.runtime.library import FileLibrary
+from llama_orch.runtime.hashing import HashingProcess
+from llama_orch.runtime.library import CatalogLibrary, FileLibrary
 from llama_orch.runtime.plan import Plan, PlanError, plan_with
-from llama_orch.runtime.wiring import wire
+from llama_orch.runtime.sight import sight_of
+from llama_orch.runtime.wiring import Keeping, wire
 from llama_orch.settings import Home
+from llama_orch.stores.catalog import CatalogRecords, CatalogStore
+from llama_orch.stores.database import FILE_NAME, Database
 
 log = logging.getLogger("llama_orch.serve")
 
@@ -48,7 +56,8 @@ def run_server(settings: Settings, home: Home, token: str, *, lifeline: bool) ->
 
     `lifeline` is for the server that a command starts for itself: it ends with the command, which is when standard
     input closes, and it works beside any other on the same home folder. So it does not hold that folder's lock, and may
-    keep nothing there but caches that are replaced as a whole.
+    keep nothing there but caches that are replaced as a whole, and what goes through the stores, which several
+    processes may use at once.
     """
     logs.set_up(settings.logs.level, settings.logs.format, [token])
     with contextlib.nullcontext() if lifeline else home_lock.hold(home):
@@ -58,24 +67,51 @@ def run_server(settings: Settings, home: Home, token: str, *, lifeline: bool) ->
 def _serve(settings: Settings, home: Home, token: str, *, lifeline: bool) -> int:
     _allow_descriptors(settings)
     sweep_private_folders()  # what a service that was killed could not remove
+    with contextlib.closing(Database(home.path / FILE_NAME)) as database:
+        return _serve_with(database, settings, home, token, lifeline=lifeline)
+
+
+def _serve_with(database: Database, settings: Settings, home: Home, token: str, *, lifeline: bool) -> int:
     try:
         engines = _engines(settings)
         sources = discover(settings.devices, lambda uuids: _can_use_cuda(settings, uuids))
         digests = Digests(home.path / "digests.json")
-        plan = plan_with(_builder(engines, sources, home, digests), settings)
+        keeping = _catalog(database, settings, digests)
+        plan = plan_with(_builder(engines, sources, home, digests, keeping.book), settings)
         listener = _bind(settings)
     except (PlanError, DeviceError, ValueError, OSError) as error:
         for problem in getattr(error, "problems", [str(error)]):
             print(f"error: {problem}", file=sys.stderr)
         return 1
     with listener, asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(_Program(settings, token, engines, plan, digests).run(listener, lifeline=lifeline))
+        return runner.run(_Program(settings, token, engines, plan, digests, keeping).run(listener, lifeline=lifeline))
 
 
-def _builder(engines: Mapping[str, Engine], sources: Sequence[Source], home: Home, digests: Digests) -> Builder:
+def _builder(
+    engines: Mapping[str, Engine], sources: Sequence[Source], home: Home, digests: Digests, book: CatalogBook
+) -> Builder:
     """Knows what earlier loads really took."""
-    calibration = Calibration(home.path / "calibration.json")
-    return Builder(engines, sources, FileLibrary(), calibration, lambda model: digests.known(model.path))
+    calibration, library = Calibration(home.path / "calibration.json"), CatalogLibrary(book, FileLibrary())
+    return Builder(engines, sources, library, calibration, lambda model: digests.known(model.path))
+
+
+def _catalog(database: Database, settings: Settings, digests: Digests) -> Keeping:
+    """What is in the catalog. A disk that does not do is no reason not to serve; whoever needs the catalog is told."""
+    store = CatalogStore(database)
+    try:
+        book, is_known = CatalogBook(store.all()), True
+    except StorageUnavailable as error:
+        log.error("the catalog cannot be read: %s", error)
+        book, is_known = CatalogBook(), False
+
+    async def glance(reference: str) -> tuple[Sight, Path]:
+        return await asyncio.to_thread(seen, reference)
+
+    def seen(reference: str) -> tuple[Sight, Path]:
+        path = resolve(reference)
+        return sight_of(path, settings), path
+
+    return Keeping(book, CatalogRecords(database, store), glance, HashingProcess(digests), is_known)
 
 
 class _Program:
@@ -88,6 +124,7 @@ class _Program:
         engines: Mapping[str, Engine],
         plan: Plan,
         digests: Digests,
+        keeping: Keeping,
     ) -> None:
         self._digests = digests
         library = plan.builder.library
@@ -98,6 +135,7 @@ class _Program:
             digest=lambda path: asyncio.to_thread(digests.of, path),
             clock=SystemClock(),
             look=lambda reference: asyncio.to_thread(library.look, reference),
+            keeping=keeping,
         )
         app = build_app(service, token=token, settings=settings)
         self._server = _Server(

@@ -8,6 +8,11 @@ from llama_orch.budgets import BudgetsLeft
 from llama_orch.contract.models import (
     AdmissionResponse,
     Capabilities,
+    CatalogModel,
+    CatalogModelList,
+    CatalogModelRequest,
+    ModelStateRequest,
+    ModelVerification,
     Pool,
     PoolHealth,
     PoolList,
@@ -29,8 +34,29 @@ class Reader(Protocol):
     def close(self) -> None: ...
 
 
+class CatalogOperations(Protocol):
+    """The catalog of models."""
+
+    async def create(self, request: CatalogModelRequest) -> tuple[CatalogModel, bool]:
+        """The model, and whether it is new. It is on the disk."""
+
+    async def list(self, *, limit: int, cursor: str | None) -> CatalogModelList: ...
+
+    async def get(self, model_id: str) -> CatalogModel: ...
+
+    async def delete(self, model_id: str) -> None: ...
+
+    async def verify(self, model_id: str) -> ModelVerification:
+        """Begin a verification, unless one is under way."""
+
+    async def put_in_state(self, model_id: str, request: ModelStateRequest) -> CatalogModel: ...
+
+
 class Service(Protocol):
     """Task IDs and session IDs come in lower case from paths and queries, as sent from bodies."""
+
+    @property
+    def catalog(self) -> CatalogOperations: ...
 
     async def submit(self, request: TaskRequest) -> AdmissionResponse: ...
 

@@ -462,6 +462,130 @@ class ReloadRequest(Struct, kw_only=True, frozen=True, forbid_unknown_fields=Tru
     new_model_ref: Annotated[str, Meta(min_length=1, max_length=1024)]  # A model reference, as `model` of a pool in the configuration.
 
 
+class ModelManifest(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
+    """What somebody says that the file is. It is held against the file."""
+
+    digest: Annotated[str, Meta(pattern='^sha256:[0-9a-f]{64}$(?!\\n)')]  # Of the model file.
+    size_bytes: Annotated[int, Meta(ge=0, le=9223372036854775807)] | None = None  # Of the model file.
+    media_type: Annotated[str, Meta(min_length=1, max_length=128)] | None = None
+    url: Annotated[str, Meta(min_length=1, max_length=1024)] | None = None  # Where the manifest came from.
+
+
+class ModelSignature(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
+    """Who vouches for which content. That it is for this file is checked; the signature itself is kept for others to check, since the service has no keys to check it with."""
+
+    signer: Annotated[str, Meta(min_length=1, max_length=256)]
+    digest: Annotated[str, Meta(pattern='^sha256:[0-9a-f]{64}$(?!\\n)')]  # Of what was signed.
+    signature: Annotated[str, Meta(min_length=1, max_length=16384)]  # As the signer gave it.
+
+
+class ModelSbom(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
+    """Where the model's bill of materials is; null where there is none."""
+
+    format: Annotated[str, Meta(min_length=1, max_length=64)]  # SPDX, CycloneDX …
+    url: Annotated[str, Meta(min_length=1, max_length=1024)]
+    digest: Annotated[str, Meta(pattern='^sha256:[0-9a-f]{64}$(?!\\n)')] | None = None  # Of the bill itself.
+    model_digest: Annotated[str, Meta(pattern='^sha256:[0-9a-f]{64}$(?!\\n)')] | None = None  # Of the model file, as the bill has it.
+
+
+class CatalogModelRequest(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
+    """A model for the catalog, and what is declared of it."""
+
+    id: Annotated[str, Meta(pattern='^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$(?!\\n)')]  # How tasks and pools name it.
+    source_url: Annotated[str, Meta(min_length=1, max_length=1024)]  # Where its file is: `builtin:tiny`, or `file:` and the path of a file below one of `catalog.file_roots`.
+    digest: Annotated[str, Meta(pattern='^sha256:[0-9a-f]{64}$(?!\\n)')] | None = None  # What the file must be.
+    tags: Annotated[list[Annotated[str, Meta(min_length=1, max_length=128)]], Meta(max_length=64)] = field(default_factory=lambda: [])
+    manifests: Annotated[list[ModelManifest], Meta(max_length=16)] = field(default_factory=lambda: [])
+    signatures: Annotated[list[ModelSignature], Meta(max_length=16)] = field(default_factory=lambda: [])
+    sbom: ModelSbom | None = None
+
+
+class TrustPolicy(Struct, kw_only=True, frozen=True):
+    """`catalog.trust_policy`, which the model is held against."""
+
+    mode: Literal['permissive', 'strict']
+    allowed_registries: list[str]
+    require_signature: bool
+    require_sbom: bool
+
+
+class ModelState(StrEnum):
+    """Active: it is served. Retired: no new tasks, running ones finish, pools unload it."""
+
+    ACTIVE = 'Active'
+    RETIRED = 'Retired'
+
+
+class VerificationState(StrEnum):
+    """unverified: nobody has asked, or the file has changed since; queued: others are before it; running: the file is being hashed; done: its outcome is there."""
+
+    UNVERIFIED = 'unverified'
+    QUEUED = 'queued'
+    RUNNING = 'running'
+    DONE = 'done'
+
+
+class VerificationOutcome(StrEnum):
+    """passed: the file is what was declared; failed: it is not, or the trust policy does not take it, and it is not served. Null before the end."""
+
+    PASSED = 'passed'
+    FAILED = 'failed'
+
+
+class ModelVerification(Struct, kw_only=True, frozen=True):
+    """How far the verification is, and what it found."""
+
+    state: VerificationState
+    outcome: VerificationOutcome | None
+    digest: str | None  # The file's, as it was found.
+    warnings: list[str]  # What is missing, such as a signature, and does no harm by the trust policy.
+    problems: list[str]  # Why it failed.
+    read_bytes: Annotated[int, Meta(ge=0, le=9223372036854775807)] | None  # Of the file so far; null while none is read.
+    total_bytes: Annotated[int, Meta(ge=0, le=9223372036854775807)] | None
+    verified_at: str | None
+
+
+class GgufInfo(Struct, kw_only=True, frozen=True):
+    """What the file's header says; null where there is no file, or none that can be read as a GGUF."""
+
+    architecture: str
+    context_length: Annotated[int, Meta(ge=1, le=9223372036854775807)] | None  # Tokens that it was trained for.
+    quantisation: str
+    vram_bytes: Annotated[int, Meta(ge=0, le=9223372036854775807)] | None  # What a replica would take of a card, with the slots of `on_demand` and a context of at most 8192 tokens; null where it cannot be told.
+
+
+class CatalogModel(Struct, kw_only=True, frozen=True):
+    """A model of the catalog."""
+
+    id: str
+    digest: str | None  # As declared, else as found; null where neither is.
+    source_url: str
+    tags: list[str]
+    manifests: list[ModelManifest]
+    signatures: list[ModelSignature]
+    sbom: ModelSbom | None
+    trust_policy: TrustPolicy
+    state: ModelState
+    size_bytes: Annotated[int, Meta(ge=0, le=9223372036854775807)] | None  # Null where there is no file.
+    verification: ModelVerification
+    gguf: GgufInfo | None
+    created_at: str
+
+
+class CatalogModelList(Struct, kw_only=True, frozen=True):
+    """One page of models."""
+
+    items: list[CatalogModel]
+    next_cursor: str | None
+
+
+class ModelStateRequest(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
+    """The state to be in."""
+
+    state: ModelState
+    deadline_ms: Annotated[int, Meta(ge=0, le=604800000)] | None = None  # For `Retired`: how long admitted tasks may still take, from now. Null: to their end.
+
+
 class Healthz(Struct, kw_only=True, frozen=True):
     """The service answers."""
 

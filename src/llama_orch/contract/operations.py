@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, NamedTuple, Protocol
 
 from msgspec import Meta
 
-from .models import DrainRequest, ReloadRequest, TaskRequest, TaskState, Uuid
+from .models import CatalogModelRequest, DrainRequest, ModelStateRequest, ReloadRequest, TaskRequest, TaskState, Uuid
 
 API_VERSION = '2.3.0'
 
@@ -70,6 +70,47 @@ OPERATIONS: dict[str, Operation] = {
             Parameter('cursor', 'query', Annotated[str, Meta(min_length=1, max_length=200)], False, None),
         ),
         (200, 400, 401, 403), is_open=False,
+    ),
+    'listCatalogModels': Operation(
+        'listCatalogModels', 'control', 'GET', '/v1/catalog/models', None,
+        (
+            Parameter('limit', 'query', Annotated[int, Meta(ge=1, le=200)], False, 50),
+            Parameter('cursor', 'query', Annotated[str, Meta(min_length=1, max_length=200)], False, None),
+        ),
+        (200, 400, 401, 403), is_open=False,
+    ),
+    'createCatalogModel': Operation(
+        'createCatalogModel', 'control', 'POST', '/v1/catalog/models', CatalogModelRequest,
+        (),
+        (200, 201, 400, 401, 403, 409, 413, 415, 507), is_open=False,
+    ),
+    'getCatalogModel': Operation(
+        'getCatalogModel', 'control', 'GET', '/v1/catalog/models/{id}', None,
+        (
+            Parameter('id', 'path', Annotated[str, Meta(min_length=1, max_length=64)], True, None),
+        ),
+        (200, 400, 401, 403, 404), is_open=False,
+    ),
+    'deleteCatalogModel': Operation(
+        'deleteCatalogModel', 'control', 'DELETE', '/v1/catalog/models/{id}', None,
+        (
+            Parameter('id', 'path', Annotated[str, Meta(min_length=1, max_length=64)], True, None),
+        ),
+        (204, 400, 401, 403, 404, 409, 507), is_open=False,
+    ),
+    'verifyCatalogModel': Operation(
+        'verifyCatalogModel', 'control', 'POST', '/v1/catalog/models/{id}/verify', None,
+        (
+            Parameter('id', 'path', Annotated[str, Meta(min_length=1, max_length=64)], True, None),
+        ),
+        (202, 400, 401, 403, 404, 507), is_open=False,
+    ),
+    'setCatalogModelState': Operation(
+        'setCatalogModelState', 'control', 'POST', '/v1/catalog/models/{id}/state', ModelStateRequest,
+        (
+            Parameter('id', 'path', Annotated[str, Meta(min_length=1, max_length=64)], True, None),
+        ),
+        (202, 400, 401, 403, 404, 413, 415, 507), is_open=False,
     ),
     'getTask': Operation(
         'getTask', 'data', 'GET', '/v1/tasks/{id}', None,
@@ -142,6 +183,10 @@ ALLOW: dict[str, str] = {
     '/v1/tasks': 'GET, HEAD, POST',
     '/v1/capabilities': 'GET, HEAD',
     '/v1/pools': 'GET, HEAD',
+    '/v1/catalog/models': 'GET, HEAD, POST',
+    '/v1/catalog/models/{id}': 'DELETE, GET, HEAD',
+    '/v1/catalog/models/{id}/verify': 'POST',
+    '/v1/catalog/models/{id}/state': 'POST',
     '/v1/tasks/{id}': 'GET, HEAD',
     '/v1/sessions/{id}': 'DELETE, GET, HEAD',
     '/v1/pools/{id}': 'GET, HEAD',
@@ -162,6 +207,12 @@ class Handlers(Protocol):
     async def create_task(self, *, body: TaskRequest) -> Any: ...  # POST /v1/tasks
     async def get_capabilities(self) -> Any: ...  # GET /v1/capabilities
     async def list_pools(self, *, limit: Annotated[int, Meta(ge=1, le=200)], cursor: Annotated[str, Meta(min_length=1, max_length=200)] | None) -> Any: ...  # GET /v1/pools
+    async def list_catalog_models(self, *, limit: Annotated[int, Meta(ge=1, le=200)], cursor: Annotated[str, Meta(min_length=1, max_length=200)] | None) -> Any: ...  # GET /v1/catalog/models
+    async def create_catalog_model(self, *, body: CatalogModelRequest) -> Any: ...  # POST /v1/catalog/models
+    async def get_catalog_model(self, *, id: Annotated[str, Meta(min_length=1, max_length=64)]) -> Any: ...  # GET /v1/catalog/models/{id}
+    async def delete_catalog_model(self, *, id: Annotated[str, Meta(min_length=1, max_length=64)]) -> Any: ...  # DELETE /v1/catalog/models/{id}
+    async def verify_catalog_model(self, *, id: Annotated[str, Meta(min_length=1, max_length=64)]) -> Any: ...  # POST /v1/catalog/models/{id}/verify
+    async def set_catalog_model_state(self, *, body: ModelStateRequest, id: Annotated[str, Meta(min_length=1, max_length=64)]) -> Any: ...  # POST /v1/catalog/models/{id}/state
     async def get_task(self, *, id: Uuid) -> Any: ...  # GET /v1/tasks/{id}
     async def get_session(self, *, id: Uuid) -> Any: ...  # GET /v1/sessions/{id}
     async def delete_session(self, *, id: Uuid) -> Any: ...  # DELETE /v1/sessions/{id}

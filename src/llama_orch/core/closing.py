@@ -1,5 +1,5 @@
-"""Ends what a pool still has: at the deadline of its drain, when its model may not be served any more, and where nothing
-is left that could serve."""
+"""Ends what a pool still has: at the deadline of its drain, when its model may not be served any more, and where
+nothing is left that could serve."""
 
 from __future__ import annotations
 

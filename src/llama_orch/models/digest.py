@@ -23,23 +23,29 @@ class Digests:
     def __init__(self, file: Path) -> None:
         self._file = file
         self._turn = threading.Lock()
+        self._pen = threading.Lock()
         self._stopped = threading.Event()
 
     def of(self, path: Path) -> str:
         """`sha256:` and the digest. Blocks for as long as reading the file takes: call it in a thread."""
-        key = _key(path)
+        key = file_key(path)
         with self._turn:  # replicas of one model ask at the same time; the file is read for the first of them
             known = self._read()
             if key not in known:
                 known[key] = f"sha256:{self._hash(path)}"
-                with suppress(OSError):  # a full disk costs the next start a read, not this one its model
-                    self._write(dict(list(known.items())[-ENTRIES_MAX:]))
+                self.remember(key, known[key])
             return known[key]
+
+    def remember(self, key: str, digest: str) -> None:
+        """What somebody has computed of the file that `file_key` gives this key."""
+        with self._pen, suppress(OSError):  # a full disk costs the next start a read, not this one its model
+            known = self._read() | {key: digest}
+            self._write(dict(list(known.items())[-ENTRIES_MAX:]))
 
     def known(self, path: Path) -> str | None:
         """The digest where it is remembered; the file is not read."""
         try:
-            return self._read().get(_key(path))
+            return self._read().get(file_key(path))
         except OSError:
             return None
 
@@ -73,7 +79,7 @@ class Digests:
             Path(name).unlink(missing_ok=True)
 
 
-def _key(path: Path) -> str:
+def file_key(path: Path, about: os.stat_result | None = None) -> str:
     """What changes when the file does."""
-    stat = path.stat()
+    stat = path.stat() if about is None else about
     return f"{path.resolve()}|{stat.st_size}|{stat.st_mtime_ns}|{stat.st_ino}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 BUILTIN = {"tiny": Path(__file__).parent / "tiny.gguf"}
@@ -27,6 +28,20 @@ def resolve(reference: str) -> Path:
     except (OSError, RuntimeError, ValueError) as error:  # a folder that is closed to us, a name that no file can have
         raise ModelNotFound(f"{reference!r}: {_cause(error)}") from error
     raise ModelNotFound(f"{reference!r}: there is no such file")
+
+
+class FileRoots:
+    """The folders of `catalog.file_roots`: whoever has the token may name the files below them, and no others."""
+
+    def __init__(self, roots: Iterable[str]) -> None:
+        self._roots = [Path(root).expanduser().resolve() for root in roots]
+
+    def admit(self, path: Path) -> bool:
+        """Links are followed first. Whether there is such a file is not looked at, nor told."""
+        try:
+            return path.is_absolute() and any(path.resolve().is_relative_to(root) for root in self._roots)
+        except (OSError, RuntimeError, ValueError):  # a loop of links, or a name that no file can have
+            return False
 
 
 def _cause(error: Exception) -> str:

@@ -31,7 +31,8 @@ MEMORY_BACK_SHARE = 0.75  # of what a replica took: the rest is within the error
 
 
 class Keeper:
-    """`perform` is called after each report to the scheduler; `wake` lets the keeper of time look again."""
+    """`perform` is called after each report to the scheduler; `wake` lets the keeper of time look again; `loaded` hears
+    of a pool and the digest of the file that its worker has loaded."""
 
     def __init__(
         self,
@@ -43,6 +44,7 @@ class Keeper:
         spawn: Spawn,
         perform: Callable[[], None],
         wake: Callable[[], None],
+        loaded: Callable[[Pool, str], None],
     ) -> None:
         self._scheduler = scheduler
         self._replicas = replicas
@@ -52,6 +54,7 @@ class Keeper:
         self._spawn = spawn
         self._perform = perform
         self._wake = wake
+        self._loaded = loaded
         self._devices_fresh_until = 0.0
         self._differences = Differences()
         replicas.listen(
@@ -94,6 +97,7 @@ class Keeper:
         replica = self._scheduler.replicas[replica_id]
         pool = self._scheduler.fleet.owner(replica)
         self._measure(replica, pool, facts, digest)
+        self._loaded(pool, digest)  # before a task starts on it
         self._scheduler.replica_ready(replica_id, slots=facts.slots, model_digest=digest, now=self._clock.now())
         self._journal.replica_ready(replica, pool, facts.load_ms, dict(facts.buffer_bytes))
         self._perform()

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
+from llama_orch.models.catalog import CatalogBook
 from llama_orch.models.gguf import GgufError, GgufHeader, read_gguf_header
 from llama_orch.models.kv_shape import kv_bytes_per_token
 from llama_orch.models.memory import LoadSettings, memory_need
-from llama_orch.models.references import resolve
+from llama_orch.models.references import ModelNotFound, resolve
 
 # Tokens of context per slot, slots, backend -> bytes in total; None where nothing can be told.
 Need = Callable[[int, int, str], int | None]
@@ -57,6 +58,23 @@ class FileLibrary:
             lambda *figures: _need_bytes(header, *figures),
             lambda ctx: kv_bytes_per_token(header, ctx),
         )
+
+
+class CatalogLibrary:
+    """The catalog's names before those of the library underneath."""
+
+    def __init__(self, book: CatalogBook, beneath: Library) -> None:
+        self._book = book
+        self._beneath = beneath
+
+    def is_open(self, reference: str) -> bool:
+        return self._beneath.is_open(self._book.source_of(reference))
+
+    def look(self, reference: str) -> Model:
+        source = self._book.source_of(reference)
+        if source == reference and (":" not in reference or reference.startswith("sha256:")):
+            raise ModelNotFound(f"the catalog has no model {reference!r}; `llama-orch models` lists those that it has")
+        return replace(self._beneath.look(source), reference=reference)
 
 
 def _need_bytes(header: GgufHeader, ctx: int, slots: int, backend: str) -> int | None:

@@ -21,7 +21,9 @@ from llama_orch.core.pool import Pool
 from llama_orch.core.scheduler import Scheduler
 from llama_orch.errors import InvalidParams, LlorchError, NotFound, ReplicaExhausted
 from llama_orch.models.references import ModelNotFound
+from llama_orch.runtime.bars import Bars
 from llama_orch.runtime.builder import Builder, Built, Draft, Room
+from llama_orch.runtime.catalog import Catalog
 from llama_orch.runtime.library import Model
 from llama_orch.runtime.plan import empty_room, model_problem, seat_alone
 from llama_orch.runtime.replicas import Replicas
@@ -39,7 +41,14 @@ class Shelf:
     """What may be named, and the pools that are made of it. `look` finds a model without holding up the event loop."""
 
     def __init__(
-        self, settings: Settings, builder: Builder, scheduler: Scheduler, replicas: Replicas, look: Look
+        self,
+        settings: Settings,
+        builder: Builder,
+        scheduler: Scheduler,
+        replicas: Replicas,
+        look: Look,
+        catalog: Catalog,
+        bars: Bars,
     ) -> None:
         self._settings = settings
         self._builder = builder
@@ -47,13 +56,14 @@ class Shelf:
         self._replicas = replicas
         self._look = look
         self._pool_settings = {pool.id: pool for pool in settings.pools}
-        self._roots = [Path(root).expanduser().resolve() for root in settings.catalog.file_roots]
+        self._catalog = catalog
+        self._bars = bars
 
     # -- a pool for a task ---------------------------------------------------------------------------------------------
 
     async def pool_for(self, request: TaskRequest, refusal: LlorchError) -> Pool:
         """A pool on demand for a task that no pool can take; `refusal` where there can be none."""
-        if not self._settings.on_demand.enabled or not self._may_be_named(request.model_ref):
+        if not self._may_be_named(request.model_ref):
             raise refusal
         try:
             model = await self._look(request.model_ref)
@@ -61,6 +71,9 @@ class Shelf:
             raise NotFound(str(error)) from error
         if (known := self._known(model, request)) is not None:
             return known
+        if not self._settings.on_demand.enabled:
+            raise refusal
+        self._bars.check_file(request.model_ref, model.path)
         draft = self._draft(model, request)
         built = self._builder.build(draft, state=ReplicaState.UNLOADED, is_on_demand=True)
         self._make_room()
@@ -70,16 +83,11 @@ class Shelf:
         return built.pool
 
     def _may_be_named(self, reference: str) -> bool:
+        source = self._catalog.book.source_of(reference)
+        if source != reference:  # somebody has entered it
+            return self._catalog.may_be_named(source)
         kind, _, rest = reference.partition(":")
-        if kind == "file":
-            return self._is_below_a_root(Path(rest))
-        return self._builder.library.is_open(reference)
-
-    def _is_below_a_root(self, path: Path) -> bool:
-        try:
-            return path.is_absolute() and any(path.resolve().is_relative_to(root) for root in self._roots)
-        except (OSError, RuntimeError, ValueError):  # a loop of links, or a name that no file can have
-            return False
+        return self._catalog.roots.admit(Path(rest)) if kind == "file" else self._builder.library.is_open(reference)
 
     def _known(self, model: Model, request: TaskRequest) -> Pool | None:
         """A pool that has the same file under another name; it answers to this name from now on."""
@@ -161,6 +169,16 @@ class Shelf:
         self._scheduler.fleet.remove(oldest)
         del self._pool_settings[oldest.spec.pool_id]
 
+    def forget(self, model_id: str) -> None:
+        """No pool answers to the name of a model that was deleted from the catalog; one that was made for it goes."""
+        for pool in list(self._scheduler.pools.values()):
+            if pool.spec.model == model_id and pool.spec.is_on_demand:
+                self._scheduler.fleet.remove(pool)
+                del self._pool_settings[pool.spec.pool_id]
+        for pool in self._scheduler.fleet.every_pool():
+            if model_id in pool.spec.aliases:
+                pool.spec = replace(pool.spec, aliases=tuple(one for one in pool.spec.aliases if one != model_id))
+
     # -- another model for a pool --------------------------------------------------------------------------------------
 
     async def successor(self, pool_id: str, reference: str) -> Built:
@@ -169,13 +187,15 @@ class Shelf:
         is_configured = any(pool.model == reference for pool in self._settings.pools)
         if not (is_configured or self._may_be_named(reference)):
             raise NotFound(
-                f"there is no model {reference!r}; name one of the configuration's, builtin:tiny, or a file below one "
-                "of `catalog.file_roots`"
+                f"there is no model {reference!r}; name one of the configuration's or of the catalog's, builtin:tiny, "
+                "or a file below one of `catalog.file_roots`"
             )
         try:
             model = await self._look(reference)
         except ModelNotFound as error:
             raise NotFound(str(error)) from error
+        await self._bars.check(reference)
+        self._bars.check_file(reference, model.path)
         settings = structs.replace(self._pool_settings[pool_id], model=reference)
         problem = model_problem(self._builder.engines[settings.engine], model, settings.ctx)
         if problem is not None:
@@ -222,6 +242,6 @@ def _fits_nowhere(draft: Draft) -> InvalidParams:
 def _pool_id(engine: str, model: Model, ctx: int) -> str:
     """Readable, and one for each file, engine and context."""
     kind, _, rest = model.reference.partition(":")
-    name = re.sub(r"[^A-Za-z0-9._-]", "-", Path(rest).stem if kind == "file" else rest)[:40]
+    name = re.sub(r"[^A-Za-z0-9._-]", "-", Path(rest).stem if kind == "file" else rest or kind)[:40]
     digest = hashlib.sha256(f"{model.path}|{engine}|{ctx}".encode()).hexdigest()
     return f"on-demand-{name}-{digest[:6]}"

@@ -18,7 +18,7 @@ from msgspec import structs
 from llama_orch.clock import Clock, new_id, new_seed
 from llama_orch.context import correlation_id
 from llama_orch.contract.config import Settings
-from llama_orch.contract.models import MetricsFrame, TaskRequest, TaskState
+from llama_orch.contract.models import MetricsFrame, ModelState, TaskRequest, TaskState
 from llama_orch.core import admission
 from llama_orch.core.effects import Abort, Admitted, Effect, Ended, Evict, Forget, Start
 from llama_orch.core.pool import Pool
@@ -26,9 +26,12 @@ from llama_orch.core.prediction import Outlook
 from llama_orch.core.scheduler import Scheduler
 from llama_orch.core.task import Task
 from llama_orch.errors import Internal, LlorchError, NotFound, PoolUnready, ReplicaExhausted
+from llama_orch.models.catalog import Entry
 from llama_orch.observe.journal import Journal
 from llama_orch.runtime import views
+from llama_orch.runtime.bars import Bars
 from llama_orch.runtime.builder import Builder
+from llama_orch.runtime.catalog import Catalog
 from llama_orch.runtime.decoding import Decoding
 from llama_orch.runtime.intake import Intake, Measured
 from llama_orch.runtime.keeper import Keeper
@@ -55,6 +58,7 @@ class Orchestrator:
         journal: Journal,
         clock: Clock,
         settings: Settings,
+        catalog: Catalog,
     ) -> None:
         self.scheduler = scheduler
         self.replicas = replicas
@@ -63,9 +67,19 @@ class Orchestrator:
         self._settings = settings
         self._streams: dict[str, TaskStream] = {}
         self._intake = Intake(replicas, scheduler.predictor)
-        self._shelf = Shelf(settings, builder, scheduler, replicas, look)
+        self.catalog = catalog
+        self.bars = Bars(catalog, scheduler, replicas, clock, self._perform_and_wake)
+        self._shelf = Shelf(settings, builder, scheduler, replicas, look, catalog, self.bars)
         self._keeper = Keeper(
-            scheduler, replicas, builder, journal, clock, self._spawn, self._perform, lambda: self._wake.set()
+            scheduler,
+            replicas,
+            builder,
+            journal,
+            clock,
+            self._spawn,
+            self._perform,
+            lambda: self._wake.set(),
+            self.bars.loaded,
         )
         self._decoding = Decoding(
             scheduler, replicas, journal, clock, settings, self._streams, self._spawn, self._perform
@@ -83,6 +97,10 @@ class Orchestrator:
         """Serve until canceled: start every replica, keep time. On the way out all workers are stopped."""
         async with asyncio.TaskGroup() as group:
             self._group = group
+            self.catalog.bind(self._spawn, self.bars.look_again)
+            self.bars.begin()
+            await self.catalog.begin()
+            self.bars.begin()  # now that links have been followed
             self._keeper.load_configured()
             self._spawn(self._keep_time(), "time")
             try:
@@ -143,6 +161,7 @@ class Orchestrator:
             earlier = self.scheduler.repeated(request)
             if earlier is not None:
                 return earlier
+            await self.bars.check(request.model_ref)
             pool = await self._pool_for(request)
             admission.check_request(request, pool.spec, self._settings.sampler_profiles)
             self.scheduler.gate.check_room(pool, request, self._clock.now())  # before it costs anything
@@ -245,6 +264,10 @@ class Orchestrator:
         if self.scheduler.is_idle:
             self._idle.set()
 
+    def _perform_and_wake(self) -> None:
+        self._perform()
+        self._wake.set()
+
     def _perform_one(self, effect: Effect) -> None:
         match effect:
             case Admitted(task_id):
@@ -302,6 +325,20 @@ class Orchestrator:
         self._perform()
         self._wake.set()
         return self.scheduler.pool(pool_id)
+
+    # -- the catalog -------------------------------------------------------------------------------------------------
+
+    async def put_model_in_state(self, model_id: str, state: ModelState, deadline_ms: int | None) -> Entry:
+        """Retire a model, or put it back in service (HP-CTL-3). `deadline_ms`: of the tasks that it still has."""
+        deadline_s = None if deadline_ms is None else self._clock.now() + deadline_ms / 1000
+        entry = await self.catalog.put_in_state(model_id, state)
+        self.bars.look_again(deadline_s, about=entry)
+        return entry
+
+    async def delete_model(self, model_id: str) -> None:
+        await self.catalog.remove(model_id, self.bars.hindrance)
+        self._shelf.forget(model_id)
+        self.bars.look_again()
 
     # -- time ----------------------------------------------------------------------------------------------------------
 

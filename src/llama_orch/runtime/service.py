@@ -13,6 +13,7 @@ from llama_orch.contract.models import (
     Concurrency,
     EngineCapability,
     FullPolicy,
+    ModelState,
     PoolCapability,
     PoolHealth,
     PoolList,
@@ -38,6 +39,7 @@ from llama_orch.engines.base import Engine
 from llama_orch.errors import InvalidParams
 from llama_orch.observe.metrics import Metrics, Reading
 from llama_orch.runtime import views
+from llama_orch.runtime.catalog_service import CatalogService
 from llama_orch.runtime.orchestrator import Orchestrator
 from llama_orch.runtime.streams import Reader
 
@@ -59,6 +61,7 @@ class LocalService:
         self._sources = sources
         self._metrics = metrics
         self._settings = settings
+        self.catalog = CatalogService(orchestrator)
 
     # -- tasks ---------------------------------------------------------------------------------------------------------
 
@@ -244,6 +247,9 @@ def _number(cursor: str) -> int:
 def gauges(orchestrator: Orchestrator, sources: Sequence[Source]) -> Iterator[Reading]:
     """Every gauge of openapi/metrics.yaml from the state as it is now."""
     yield "streams_open", (), orchestrator.streams_open
+    for entry in orchestrator.catalog.book:
+        for state in ModelState:
+            yield "model_state", (entry.id, state.value), int(entry.state is state)
     by_id = {source.device.device_id: source for source in sources}
     fleet = orchestrator.scheduler.fleet
     for pool in fleet.pools.values():

@@ -3,20 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from llama_orch.clock import Clock
 from llama_orch.contract.config import Settings
 from llama_orch.core.scheduler import Scheduler
 from llama_orch.engines.base import Engine
+from llama_orch.models.catalog import CatalogBook, Sight
+from llama_orch.observe.catalog import CatalogJournal
 from llama_orch.observe.journal import Journal
 from llama_orch.observe.metrics import Metrics
-from llama_orch.runtime.library import Model
+from llama_orch.runtime.catalog import Catalog, Glance, Records, Unkept
+from llama_orch.runtime.hashing import Examine, examine_with
+from llama_orch.runtime.library import CatalogLibrary, Model
 from llama_orch.runtime.on_demand import Look
 from llama_orch.runtime.orchestrator import Orchestrator
 from llama_orch.runtime.plan import Plan
 from llama_orch.runtime.replicas import Replicas
 from llama_orch.runtime.service import LocalService, gauges
+from llama_orch.runtime.sight import sight_of
+
+
+@dataclass(frozen=True, slots=True)
+class Keeping:
+    """What the catalog of a service that keeps things is made of. The plan's library knows the same book."""
+
+    book: CatalogBook
+    records: Records
+    glance: Glance
+    examine: Examine
+    is_known: bool
 
 
 def wire(
@@ -26,9 +43,13 @@ def wire(
     digest: Callable[[Path], Awaitable[str]],
     clock: Clock,
     look: Look | None = None,
+    keeping: Keeping | None = None,
 ) -> tuple[Orchestrator, LocalService]:
     """The orchestrator and what the edge sees of it. `digest` gives a model file's `sha256:…`; `look` finds a model
-    without holding up the event loop (the plan's own library, where that does no harm)."""
+    without holding up the event loop (the plan's own library, where that does no harm); `keeping` is for a catalog that
+    outlives the service."""
+    if keeping is None:
+        keeping = _keeping_nothing(settings, plan, digest)
 
     async def look_here(reference: str) -> Model:
         return plan.builder.library.look(reference)
@@ -43,5 +64,29 @@ def wire(
     sources = list(plan.builder.sources.values())
     metrics = Metrics(lambda: gauges(orchestrator, sources))
     replicas = Replicas(plan.replicas, digest)
-    orchestrator = Orchestrator(scheduler, replicas, plan.builder, look or look_here, Journal(metrics), clock, settings)
+    catalog = Catalog(
+        keeping.book,
+        keeping.records,
+        keeping.glance,
+        keeping.examine,
+        settings,
+        clock.wall,
+        CatalogJournal(metrics),
+        is_known=keeping.is_known,
+    )
+    orchestrator = Orchestrator(
+        scheduler, replicas, plan.builder, look or look_here, Journal(metrics), clock, settings, catalog
+    )
     return orchestrator, LocalService(orchestrator, engines, sources, metrics, settings)
+
+
+def _keeping_nothing(settings: Settings, plan: Plan, digest: Callable[[Path], Awaitable[str]]) -> Keeping:
+    """For rehearsals, and tests of other things: nothing outlives the service, no process and no thread is made."""
+    book, beneath = CatalogBook(), plan.builder.library
+    plan.builder.library = CatalogLibrary(book, beneath)
+
+    async def glance(reference: str) -> tuple[Sight, Path]:
+        path = beneath.look(reference).path
+        return sight_of(path, settings), path
+
+    return Keeping(book, Unkept(), glance, examine_with(digest), is_known=True)

@@ -1,0 +1,117 @@
+"""The catalog as the edge sees it: entries in the contract's words."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from llama_orch.clock import timestamp
+from llama_orch.contract.models import (
+    CatalogModel,
+    CatalogModelList,
+    CatalogModelRequest,
+    ModelStateRequest,
+    ModelVerification,
+    TrustPolicy,
+    VerificationOutcome,
+    VerificationState,
+)
+from llama_orch.errors import InvalidParams
+from llama_orch.models.catalog import Entry
+
+if TYPE_CHECKING:
+    from llama_orch.runtime.orchestrator import Orchestrator
+
+
+class CatalogService:
+    """Reads and acts for one HTTP call at a time."""
+
+    def __init__(self, orchestrator: Orchestrator) -> None:
+        self._orchestrator = orchestrator
+        self._catalog = orchestrator.catalog
+
+    async def create(self, request: CatalogModelRequest) -> tuple[CatalogModel, bool]:
+        entry, is_new = await self._catalog.create(request)
+        return self._view(entry), is_new
+
+    async def list(self, *, limit: int, cursor: str | None) -> CatalogModelList:
+        start = 0 if cursor is None else _number(cursor)
+        found = [entry for entry in await self._catalog.entries() if entry.number > start]
+        more = str(found[limit - 1].number) if len(found) > limit else None
+        return CatalogModelList(items=[self._view(entry) for entry in found[:limit]], next_cursor=more)
+
+    async def get(self, model_id: str) -> CatalogModel:
+        return self._view(await self._catalog.get(model_id))
+
+    async def delete(self, model_id: str) -> None:
+        await self._orchestrator.delete_model(model_id)
+
+    async def verify(self, model_id: str) -> ModelVerification:
+        return self._verification(await self._catalog.verify(model_id))
+
+    async def put_in_state(self, model_id: str, request: ModelStateRequest) -> CatalogModel:
+        return self._view(await self._orchestrator.put_model_in_state(model_id, request.state, request.deadline_ms))
+
+    def _view(self, entry: Entry) -> CatalogModel:
+        declared, policy, sight = entry.declared, self._catalog.policy, entry.sight
+        return CatalogModel(
+            id=entry.id,
+            digest=entry.digest,
+            source_url=entry.source,
+            tags=declared.tags,
+            manifests=declared.manifests,
+            signatures=declared.signatures,
+            sbom=declared.sbom,
+            trust_policy=TrustPolicy(
+                mode=policy.mode,
+                allowed_registries=policy.allowed_registries,
+                require_signature=policy.require_signature,
+                require_sbom=policy.require_sbom,
+            ),
+            state=entry.state,
+            size_bytes=None if sight is None else sight.size_bytes,
+            verification=self._verification(entry),
+            gguf=None if sight is None else sight.gguf,
+            created_at=timestamp(entry.created_s),
+        )
+
+    def _verification(self, entry: Entry) -> ModelVerification:
+        """Once a new one is under way, the last one says nothing any more."""
+        under_way, finding = self._catalog.under_way(entry), entry.finding
+        if under_way is not None:
+            state = VerificationState.RUNNING if under_way.is_running else VerificationState.QUEUED
+            return _verification(state, read_bytes=under_way.read_bytes, total_bytes=under_way.total_bytes)
+        judgement = self._catalog.judgement(entry)
+        if finding is None or judgement is None:
+            return _verification(VerificationState.UNVERIFIED)
+        return ModelVerification(
+            state=VerificationState.DONE,
+            outcome=VerificationOutcome.FAILED if judgement.problems else VerificationOutcome.PASSED,
+            digest=finding.digest,
+            warnings=judgement.warnings,
+            problems=judgement.problems,
+            read_bytes=None,
+            total_bytes=None,
+            verified_at=timestamp(finding.at_s),
+        )
+
+
+def _verification(
+    state: VerificationState, *, read_bytes: int | None = None, total_bytes: int | None = None
+) -> ModelVerification:
+    """One without an outcome."""
+    return ModelVerification(
+        state=state,
+        outcome=None,
+        digest=None,
+        warnings=[],
+        problems=[],
+        read_bytes=read_bytes,
+        total_bytes=total_bytes,
+        verified_at=None,
+    )
+
+
+def _number(cursor: str) -> int:
+    if not (cursor.isascii() and cursor.isdigit() and len(cursor) <= 18):
+        raise InvalidParams("`cursor` is not one that this service gave out; start again without it")
+    return int(cursor)
