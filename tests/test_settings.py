@@ -218,6 +218,8 @@ def test_a_card_that_is_named_twice() -> None:
         "pools: [{sampler_profile_version: v2}]\nsampler_profiles: {v2: {}}",
         "on_demand: {enabled: false, slots: 1, keep_alive_ms: 0, min_residency_ms: 0}",
         "catalog: {file_roots: [/models, ~/models]}",
+        "catalog: {trust_policy: {mode: strict, allowed_registries: [huggingface.co], require_signature: true}}",
+        "pools: [{model: story-7b}]",
         "pools: [{keep_alive_ms: 0}]",
     ],
 )
@@ -231,7 +233,6 @@ def test_no_contradiction(text: str) -> None:
     ("text", "path"),
     [
         ("tasks: {keep_transcripts: true}", "tasks.keep_transcripts"),
-        ("catalog: {trust_policy: {mode: strict}}", "catalog.trust_policy.mode"),
         ("policy: {outbound: {default: deny}}", "policy.outbound.default"),
     ],
 )
@@ -248,9 +249,9 @@ def test_defaults_of_what_is_not_built_may_be_written_out() -> None:
     assert parse_settings(text, "c.yaml") == Settings()
 
 
-@pytest.mark.parametrize("reference", ["builtin:tiny", "file:/m.gguf", "file:m.gguf"])
+@pytest.mark.parametrize("reference", ["builtin:tiny", "file:/m.gguf", "file:m.gguf", "my-model", f"sha256:{'0' * 64}"])
 def test_model_references_that_are_served(reference: str) -> None:
-    """Built-in models and files can be served."""
+    """Built-in models and files can be served, and whatever the catalog may have."""
     assert model_problem(reference) is None
 
 
@@ -261,7 +262,7 @@ def test_model_references_that_are_served(reference: str) -> None:
         "https://x/y",
         "http://x",
         "sha256:ab",
-        "my-model",
+        "my model",
         "builtin:",
         "builtin:a/b",
         "file:",

@@ -215,12 +215,14 @@ def model_problem(reference: str) -> str | None:
         return None
     if kind == "file" and rest and "\0" not in rest:
         return None
-    served = "use builtin:tiny, or file: and the path of a GGUF file"
+    served = "use builtin:tiny, file: and the path of a GGUF file, or a model of the catalog"
     if kind in ("builtin", "file"):
         return f"{reference!r} is incomplete; {served}"
-    if kind in ("hf", "https", "http", "sha256") and rest:
+    if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}|sha256:[0-9a-f]{64}", reference):
+        return None  # whether the catalog has it is seen at the start
+    if kind in ("hf", "https", "http") and rest:
         return f"{kind}: references are not built in this version; {served}"
-    return f"{reference!r} would be a catalog id, and the catalog is not built in this version; {served}"
+    return f"{reference!r} is no model reference; {served}"
 
 
 def _pool_device_problems(where: str, pool: PoolSettings, devices: list[DeviceSettings] | None) -> Iterator[str]:

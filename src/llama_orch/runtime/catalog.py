@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import deque
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Protocol
@@ -30,6 +31,7 @@ log = logging.getLogger("llama_orch.catalog")
 
 ENTRIES_MAX = 4096
 HASHED_AT_ONCE = 1  # a disk reads one file fastest
+HURRIED_AT_ONCE = 4  # with those that tasks wait for
 
 # A reference -> its file as it is, and where it is. Raises ModelNotFound. Does not hold up the event loop.
 Glance = Callable[[str], Awaitable[tuple[Sight, Path]]]
@@ -101,7 +103,8 @@ class Catalog:
         self._journal = journal
         self._is_known = is_known
         self._turn = asyncio.Lock()
-        self._hashers = asyncio.Semaphore(HASHED_AT_ONCE)
+        self._queue: deque[str] = deque()  # of those that wait for their verification
+        self._hashers = 0
         self._under_way: dict[str, Hashing] = {}
         self._spawn: Spawn | None = None
         self._changed: Callable[[], None] = lambda: None
@@ -237,6 +240,7 @@ class Catalog:
         """The entry once it is verified, or as it is after so many seconds."""
         if (under_way := self._under_way.get(entry.id)) is None:
             under_way = self._start(entry)
+        self._hurry(entry.id)
         try:
             async with asyncio.timeout(limit_s):
                 await under_way.done.wait()
@@ -256,23 +260,42 @@ class Catalog:
             self._start(entry)
 
     def _start(self, entry: Entry) -> Hashing:
-        if self._spawn is None:
-            raise RuntimeError("the catalog is not at work")
         under_way = self._under_way[entry.id] = Hashing()
         under_way.total_bytes = None if entry.sight is None else entry.sight.size_bytes
-        self._spawn(self._verify(entry.id, under_way), f"verification of {entry.id}")
+        self._queue.append(entry.id)
+        self._launch_next()
         return under_way
+
+    def _hurry(self, model_id: str) -> None:
+        """A task waits for it."""
+        if model_id in self._queue:
+            self._queue.remove(model_id)
+            self._queue.appendleft(model_id)
+            if self._hashers < HURRIED_AT_ONCE:
+                self._launch(self._queue.popleft())
+
+    def _launch_next(self) -> None:
+        while self._queue and self._hashers < HASHED_AT_ONCE:
+            self._launch(self._queue.popleft())
+
+    def _launch(self, model_id: str) -> None:
+        if self._spawn is None:
+            raise RuntimeError("the catalog is not at work")
+        self._hashers += 1
+        under_way = self._under_way[model_id]
+        under_way.is_running, under_way.began_s = True, self._wall()
+        self._spawn(self._verify(model_id, under_way), f"verification of {model_id}")
 
     async def _verify(self, model_id: str, under_way: Hashing) -> None:
         try:
-            async with self._hashers:
-                under_way.is_running, under_way.began_s = True, self._wall()
-                entry = self.book.get(model_id)
-                if entry is not None:
-                    await self._found(entry, *await self._examined(entry, under_way))
+            entry = self.book.get(model_id)
+            if entry is not None:
+                await self._found(entry, *await self._examined(entry, under_way))
         finally:
-            self._under_way.pop(model_id, None)
+            self._hashers -= 1
+            del self._under_way[model_id]
             under_way.done.set()
+        self._launch_next()
         self._changed()
 
     async def _examined(self, entry: Entry, under_way: Hashing) -> tuple[Finding, Sight | None]:
