@@ -35,6 +35,8 @@ from llama_orch.contract.models import (
 from llama_orch.contract.operations import API_VERSION
 from llama_orch.errors import AdmissionReject, Conflict, InvalidParams, NotFound, PoolUnavailable, ReplicaExhausted
 
+from .catalog_fake import FakeCatalog
+
 SECRET = "hunter2-in-an-exception"
 
 # What a model_ref or an ID makes the service do.
@@ -109,6 +111,7 @@ class FakeService:
         self.listed: list[dict[str, object]] = []
         self.left = NO_BUDGETS
         self.ended_sessions: set[str] = set()
+        self.catalog = FakeCatalog()
 
     async def submit(self, request: TaskRequest) -> AdmissionResponse:
         if request.model_ref == FULL_QUEUE:

@@ -16,23 +16,43 @@ from llama_orch.api import protocol
 from llama_orch.api.auth import identity
 from llama_orch.api.validation import read_body
 from llama_orch.contract.codes import CODES
-from llama_orch.contract.models import DrainRequest, Error, ReloadRequest, TaskRequest
+from llama_orch.contract.models import (
+    CatalogModelRequest,
+    DrainRequest,
+    Error,
+    ModelStateRequest,
+    ReloadRequest,
+    TaskRequest,
+)
 from llama_orch.contract.operations import Operation
 from llama_orch.errors import InvalidParams
 from llama_orch.testing.loop import run
 
+from .catalog_fake import KNOWN_MODEL
 from .harness import BEARER, MAX_BODY_BYTES, Answer, HeaderList, Server
 from .service_fake import ABSENT_MODEL, CRASHING_MODEL, ENDING_TASK, FULL_QUEUE, MISSHAPEN_POOL, SECRET, SPARE_POOL
 
 TASK = {"model_ref": "builtin:tiny", "prompt": "Once"}
 DRAIN = {"deadline_ms": 30_000}
 RELOAD = {"new_model_ref": "builtin:tiny"}
-GOOD_BODIES = {TaskRequest: TASK, DrainRequest: DRAIN, ReloadRequest: RELOAD}
+MODEL = {"id": "bad-input", "source_url": "builtin:tiny"}
+MODEL_STATE = {"state": "Active"}
+GOOD_BODIES = {
+    TaskRequest: TASK,
+    DrainRequest: DRAIN,
+    ReloadRequest: RELOAD,
+    CatalogModelRequest: MODEL,
+    ModelStateRequest: MODEL_STATE,
+}
 CID = "test-of-bad-input"
 
 
 def body_of(**changes: Any) -> bytes:
     return json.dumps({**TASK, **changes}).encode()
+
+
+def model_of(**changes: Any) -> bytes:
+    return json.dumps(MODEL | changes).encode()
 
 
 def body_for(operation: Operation) -> bytes | None:
@@ -61,6 +81,8 @@ CHUNKED = (("Content-Length", b""), ("Transfer-Encoding", b"chunked"))
 BIG = b" " * MAX_BODY_BYTES
 GET = ("GET", "/v1/capabilities")
 DRAINING = ("POST", f"/v1/pools/{SPARE_POOL}/drain")
+STATING = ("POST", f"/v1/catalog/models/{KNOWN_MODEL}/state")
+ENTERING = ("POST", "/v1/catalog/models")
 RELOADING = ("POST", f"/v1/pools/{SPARE_POOL}/reload")
 
 
@@ -192,6 +214,22 @@ WEEK_MS = 7 * 24 * 3600 * 1000
 ACTS_ON_POOLS = [
     *cases_of("drain", DRAINING, DRAIN),
     *cases_of("reload", RELOADING, RELOAD),
+    Case("unknown state", 400, "INVALID_PARAMS", *STATING, body=b'{"state": "retired"}', says="`$.state`"),
+    Case("no state", 400, "INVALID_PARAMS", *STATING, body=b'{"deadline_ms": 1}', says="state"),
+    Case("state too late", 400, "INVALID_PARAMS", *STATING, body=b'{"state": "Retired", "deadline_ms": 604800001}'),
+    Case("id with a slash", 400, "INVALID_PARAMS", *ENTERING, body=model_of(id="a/b"), says="`$.id`"),
+    Case("id with dots", 400, "INVALID_PARAMS", *ENTERING, body=model_of(id=".."), says="`$.id`"),
+    Case("id with a newline", 400, "INVALID_PARAMS", *ENTERING, body=model_of(id="a\n"), says="`$.id`"),
+    Case("id like a reference", 400, "INVALID_PARAMS", *ENTERING, body=model_of(id="file:a"), says="`$.id`"),
+    Case("longest id", 201, None, *ENTERING, body=model_of(id="x" * 64)),
+    Case("id too long", 400, "INVALID_PARAMS", *ENTERING, body=model_of(id="x" * 65), says="`$.id`"),
+    Case("no source", 400, "INVALID_PARAMS", *ENTERING, body=b'{"id": "a"}', says="source_url"),
+    Case("digest in capitals", 400, "INVALID_PARAMS", *ENTERING, body=model_of(digest=f"sha256:{'A' * 64}")),
+    Case("other digest", 400, "INVALID_PARAMS", *ENTERING, body=model_of(digest="md5:00"), says="`$.digest`"),
+    Case("tags as text", 400, "INVALID_PARAMS", *ENTERING, body=model_of(tags="a"), says="`$.tags`"),
+    Case("too many tags", 400, "INVALID_PARAMS", *ENTERING, body=model_of(tags=["a"] * 65), says="`$.tags`"),
+    Case("a manifest of nothing", 400, "INVALID_PARAMS", *ENTERING, body=model_of(manifests=[{}]), says="digest"),
+    Case("unknown field", 400, "INVALID_PARAMS", *ENTERING, body=model_of(sign="a"), says="signatures"),
     Case("deadline of 0", 202, None, *DRAINING, body=drain_of(0)),
     Case("deadline of a week", 202, None, *DRAINING, body=drain_of(WEEK_MS)),
     Case("deadline beyond a week", 400, "INVALID_PARAMS", *DRAINING, body=drain_of(WEEK_MS + 1), says="`int` <= 6048"),

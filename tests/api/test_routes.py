@@ -15,6 +15,7 @@ from llama_orch.contract.models import TaskState
 from llama_orch.contract.operations import ALLOW, OPERATIONS, Operation
 from llama_orch.testing.loop import run
 
+from .catalog_fake import CLOSED_SOURCE, FULL_DISK_MODEL, KNOWN_MODEL, SERVED_MODEL
 from .harness import OPEN_METRICS, SETTINGS, Answer, Server, serving
 from .service_fake import ENDING_TASK, SLOW_MODEL, SPARE_POOL, UNWANTED_MODEL, FakeService
 from .test_bad_input import assert_envelope, body_for
@@ -24,7 +25,8 @@ OPEN_PATHS = {operation.path for operation in OPERATIONS.values() if operation.i
 
 
 def a_target(path: str) -> str:
-    return path.replace("{id}", SPARE_POOL if path.startswith("/v1/pools") else ENDING_TASK)
+    known = {"/v1/pools": SPARE_POOL, "/v1/catalog": KNOWN_MODEL}
+    return path.replace("{id}", next((name for start, name in known.items() if path.startswith(start)), ENDING_TASK))
 
 
 @pytest.mark.spec("HP-SEC-3")
@@ -71,8 +73,9 @@ def test_metrics_are_prometheus_text(checking_server: Server) -> None:
 @pytest.mark.parametrize("op", OPERATIONS.values(), ids=OPERATIONS)
 def test_every_operation_succeeds_as_the_contract_says(checking_server: Server, op: Operation) -> None:
     """Each operation reaches its handler and answers with its success status and a valid body."""
+    checking_server.service.catalog.restore()
     answer = checking_server.call(op.method, a_target(op.path), body=body_for(op))
-    assert answer.http_status == min(op.statuses)
+    assert answer.http_status == (201 if op.operation_id == "createCatalogModel" else min(op.statuses))
     assert answer.correlation_id
 
 
@@ -131,6 +134,53 @@ def test_a_refusal_of_the_service_is_passed_on(server: Server) -> None:
     answer = server.call("GET", f"/v1/tasks/{uuid.uuid4()}")
     assert answer.http_status == 404
     assert assert_envelope(answer, "NOT_FOUND").message == "no such task"
+
+
+MODEL = {"id": "story", "source_url": "builtin:tiny"}
+
+
+def enter(server: Server, **changes: Any) -> Answer:
+    return server.call("POST", "/v1/catalog/models", body=json.dumps(MODEL | changes).encode())
+
+
+@pytest.mark.spec("HP-CTL-1")
+def test_a_model_is_entered_once() -> None:
+    """201, the same again 200, another one under its id 409; with all that was declared, and null where nothing was."""
+    signature = {"signer": "a", "digest": f"sha256:{'b' * 64}", "signature": "c2ln"}
+    with serving(validate_responses=True) as server:
+        answers = [enter(server, signatures=[signature]), enter(server, signatures=[signature]), enter(server)]
+        read = server.call("GET", "/v1/catalog/models/story")
+    assert [answer.http_status for answer in answers] == [201, 200, 409]
+    assert answers[0].json == answers[1].json == read.json
+    assert (read.json["signatures"], read.json["sbom"], read.json["digest"]) == ([signature], None, None)
+
+
+@pytest.mark.spec("HP-CTL-1", "HP-CTL-3")
+def test_what_a_model_is_told_reaches_the_catalog() -> None:
+    """State with and without a deadline, verification, deletion; each refuses a model that is not there."""
+    with serving(validate_responses=True) as server:
+        enter(server)
+        path = "/v1/catalog/models/story"
+        retired = server.call("POST", f"{path}/state", body=b'{"state": "Retired", "deadline_ms": 5}')
+        active = server.call("POST", f"{path}/state", body=b'{"state": "Active"}')
+        begun = server.call("POST", f"{path}/verify")
+        assert [retired.json["state"], active.json["state"], begun.json["state"]] == ["Retired", "Active", "queued"]
+        assert server.service.catalog.deadlines_ms == [5, None]
+        assert server.call("DELETE", path).http_status == 204
+        gone = [server.call("DELETE", path), server.call("GET", path), server.call("POST", f"{path}/verify")]
+        gone.append(server.call("POST", f"{path}/state", body=b'{"state": "Active"}'))
+        assert [answer.http_status for answer in gone] == [404] * 4
+
+
+@pytest.mark.spec("HP-CTL-1")
+def test_refusals_of_the_catalog_are_passed_on() -> None:
+    """What is not open 403, a full disk 507, what is served 409."""
+    with serving(validate_responses=True) as server:
+        assert_envelope(closed := enter(server, source_url=CLOSED_SOURCE), "POLICY_DENIED")
+        assert_envelope(full := enter(server, id=FULL_DISK_MODEL), "STORAGE_UNAVAILABLE")
+        enter(server, id=SERVED_MODEL)
+        assert_envelope(served := server.call("DELETE", f"/v1/catalog/models/{SERVED_MODEL}"), "CONFLICT")
+    assert [answer.http_status for answer in (closed, full, served)] == [403, 507, 409]
 
 
 def change(server: Server, act: str, pool: str = SPARE_POOL, **body: Any) -> Answer:

@@ -14,7 +14,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from llama_orch.api.documents import document_bytes
-from llama_orch.contract.models import DrainRequest, ReloadRequest, TaskRequest
+from llama_orch.contract.models import (
+    CatalogModelRequest,
+    DrainRequest,
+    ModelStateRequest,
+    ReloadRequest,
+    TaskRequest,
+)
 
 RANGES = {"int32": (-(2**31), 2**31 - 1), "int64": (-(2**63), 2**63 - 1)}
 UUID = "3f2b8c1e-9d5a-4c57-8a43-0c7d5b1f2e90"
@@ -99,14 +105,28 @@ TASK = {
     "kv_hint": "reuse",
     "keep_transcript": False,
 }
+DIGEST = "sha256:" + "0a" * 32
+MODEL = {
+    "id": "story",
+    "source_url": "builtin:tiny",
+    "digest": DIGEST,
+    "tags": ["small"],
+    "manifests": [{"digest": DIGEST, "size_bytes": 7, "media_type": "a/b", "url": "https://example.org/m"}],
+    "signatures": [{"signer": "somebody", "digest": DIGEST, "signature": "c2ln"}],
+    "sbom": {"format": "SPDX", "url": "https://example.org/s", "digest": DIGEST, "model_digest": None},
+}
 BODIES = [
     Body(TaskRequest, TASK, ("model_ref",), examples=1000),
     Body(DrainRequest, {"deadline_ms": 30000}, ("deadline_ms",), examples=200),
+    Body(CatalogModelRequest, MODEL, ("id", "source_url"), examples=500),
+    Body(ModelStateRequest, {"state": "Retired", "deadline_ms": 30000}, ("state",), examples=200),
     Body(ReloadRequest, {"new_model_ref": "builtin:tiny"}, ("new_model_ref",), examples=200),
 ]
 WRONG = {
     TaskRequest: [{"seed": 2**63}, {"task_id": "x"}, {"x": 1}, {"sampling": None}, {"kv_hint": "x"}],
     DrainRequest: [{"deadline_ms": -1}, {"deadline_ms": 604800001}, {"deadline_ms": None}, {"deadline": 1}],
+    CatalogModelRequest: [{"id": "a/b"}, {"id": "a\n"}, {"digest": "sha256:"}, {"tags": None}, {"sbom": {}}],
+    ModelStateRequest: [{"state": "retired"}, {"state": None}, {"deadline_ms": -1}, {"x": 1}],
     ReloadRequest: [{"new_model_ref": ""}, {"new_model_ref": "x" * 1025}, {"new_model_ref": 1}, {"model_ref": "x"}],
 }
 
