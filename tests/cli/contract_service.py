@@ -15,6 +15,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
+from catalog_service import SmallCatalog
+
 END = {
     "tokens_in": 2,
     "tokens_out": 2,
@@ -208,6 +210,7 @@ class ContractService:
         self.tasks: dict[str, Task] = {}
         self.sessions = {SESSION_ID: dict(SESSION)}
         self.healths: dict[str, list[dict[str, Any] | None]] = {pool: [HEALTH] for pool in DRAINS}
+        self.catalog = SmallCatalog()
         self.refusals: list[Refusal] = []
         self.seen: list[Seen] = []
         self.submission_came = threading.Event()
@@ -310,8 +313,12 @@ class _Handler(BaseHTTPRequestHandler):
                 self._json(200, self.service.sessions[id])
             case "DELETE", ["sessions", id]:
                 self.service.sessions.pop(id, None)
-                self.send_response(204)
-                self.end_headers()
+                self._nothing()
+            case _, ["catalog", "models", *rest]:
+                status, answer = self.service.catalog.answer(method, rest, body)
+                if answer is None:
+                    return self._nothing()
+                self._json(status, answer)
             case "GET", ["capabilities"]:
                 self._json(200, CAPABILITIES)
             case _:
@@ -333,8 +340,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.service.cancel_missed.set()
             return
         self.service.tasks[id].canceled.set()
-        self.send_response(204)
-        self.end_headers()
+        self._nothing()
 
     def _begin(self, pool_id: str, story: list[dict[str, Any] | None], *, is_exclusive: bool = False) -> None:
         now = self.service.healths[pool_id][0]
@@ -397,6 +403,10 @@ class _Handler(BaseHTTPRequestHandler):
                     return
             elif event != "hold":
                 yield event, data
+
+    def _nothing(self) -> None:
+        self.send_response(204)
+        self.end_headers()
 
     def _json(self, status: int, body: dict[str, Any], headers: dict[str, str] | None = None) -> None:
         content = json.dumps(body).encode()

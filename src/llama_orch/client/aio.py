@@ -18,6 +18,11 @@ from llama_orch.client.retry import ATTEMPTS_MAX, WAIT_MAX_S, Attempts, Patience
 from llama_orch.contract.models import (
     AdmissionResponse,
     Capabilities,
+    CatalogModel,
+    CatalogModelList,
+    CatalogModelRequest,
+    ModelState,
+    ModelVerification,
     Pool,
     PoolHealth,
     PoolList,
@@ -123,6 +128,39 @@ class AsyncClient:
     ) -> TaskList:
         """One page, newest first; `next_cursor` of the answer leads to the next."""
         return await self._call(calls.list_tasks(state, session_id, limit, cursor))
+
+    # -- the catalog -------------------------------------------------------------------------------------------------
+
+    async def create_model(self, request: CatalogModelRequest) -> CatalogModel:
+        """Enter a model into the catalog; the same entry again is left as it is."""
+        return await self._call(calls.create_model(request))
+
+    async def models(self, *, limit: int | None = None, cursor: str | None = None) -> CatalogModelList:
+        """One page, the oldest first; `next_cursor` of the answer leads to the next."""
+        return await self._call(calls.models(limit, cursor))
+
+    async def model(self, model_id: str) -> CatalogModel:
+        return await self._call(calls.model(model_id))
+
+    async def watch_model(self, model_id: str) -> AsyncIterator[CatalogModel]:
+        """The model about twice a second, the first after one wait; for as long as the caller wants it."""
+        while True:
+            await self._sleep(calls.POLL_S)
+            yield await self.model(model_id)
+
+    async def delete_model(self, model_id: str) -> None:
+        """Take a model out of the catalog; its file stays. Where the connection breaks it may be gone."""
+        await self._call(calls.delete_model(model_id))
+
+    async def verify_model(self, model_id: str) -> ModelVerification:
+        """Begin a verification. Its outcome is on the model once its state is `done`."""
+        return await self._call(calls.verify_model(model_id))
+
+    async def put_model_in_state(
+        self, model_id: str, state: ModelState, *, deadline_ms: int | None = None
+    ) -> CatalogModel:
+        """Retire a model, or make it active again. `deadline_ms`: how long tasks of a retired one may still take."""
+        return await self._call(calls.put_model_in_state(model_id, state, deadline_ms))
 
     # -- pools and the installation ----------------------------------------------------------------------------------
 

@@ -13,7 +13,13 @@ import msgspec
 from llama_orch.contract.models import (
     AdmissionResponse,
     Capabilities,
+    CatalogModel,
+    CatalogModelList,
+    CatalogModelRequest,
     DrainRequest,
+    ModelState,
+    ModelStateRequest,
+    ModelVerification,
     Pool,
     PoolHealth,
     PoolList,
@@ -99,6 +105,37 @@ def delete_session(session_id: str) -> Call[None]:
     return Call("DELETE", f"/v1/sessions/{quote(session_id, safe='')}", None)
 
 
+# -- the catalog -----------------------------------------------------------------------------------------------------
+
+
+def create_model(request: CatalogModelRequest) -> Call[CatalogModel]:
+    """Repeatable: the same entry again changes nothing."""
+    return Call("POST", "/v1/catalog/models", CatalogModel, request)
+
+
+def models(limit: int | None, cursor: str | None) -> Call[CatalogModelList]:
+    return Call("GET", "/v1/catalog/models", CatalogModelList, query={"limit": limit, "cursor": cursor})
+
+
+def model(model_id: str) -> Call[CatalogModel]:
+    return Call("GET", _model_path(model_id), CatalogModel)
+
+
+def delete_model(model_id: str) -> Call[None]:
+    """Not repeatable: where the connection broke it may be gone, and a second one would find nothing."""
+    return Call("DELETE", _model_path(model_id), None, is_repeatable=False)
+
+
+def verify_model(model_id: str) -> Call[ModelVerification]:
+    """Repeatable: one that is under way is looked on at."""
+    return Call("POST", f"{_model_path(model_id)}/verify", ModelVerification)
+
+
+def put_model_in_state(model_id: str, state: ModelState, deadline_ms: int | None) -> Call[CatalogModel]:
+    body = ModelStateRequest(state=state, deadline_ms=deadline_ms)
+    return Call("POST", f"{_model_path(model_id)}/state", CatalogModel, body)
+
+
 # -- pools and the installation --------------------------------------------------------------------------------------
 
 
@@ -135,6 +172,10 @@ def task_path(task_id: str) -> str:
 
 def _pool_path(pool_id: str) -> str:
     return f"/v1/pools/{_quoted(pool_id)}"
+
+
+def _model_path(model_id: str) -> str:
+    return f"/v1/catalog/models/{_quoted(model_id)}"
 
 
 def _quoted(part: str) -> str:
