@@ -136,7 +136,7 @@ class Stage:
         """Do something to the pool's simulated worker."""
         self._do(self._act(act))
 
-    def post(self, path: str, body: dict[str, object]) -> None:
+    def post(self, path: str, body: dict[str, object] | None = None) -> None:
         self.http.post(path, json=body).raise_for_status()
 
     def load_slowly(self, seconds: float) -> None:

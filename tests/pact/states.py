@@ -175,6 +175,28 @@ def a_task_was_dropped_from_a_full_queue(stage: Stage, **task: Any) -> None:
     stage.wait_for_the_end(task_id)
 
 
+@state
+def a_model_in_the_catalog(stage: Stage, model_id: str, digest: str | None = None) -> None:
+    """A pool serves `builtin:tiny`, and the catalog has it under this id, with this declared digest."""
+    an_idle_pool(stage)
+    stage.post("/v1/catalog/models", {"id": model_id, "source_url": "builtin:tiny", "digest": digest})
+
+
+@state
+def a_verified_model(stage: Stage, model_id: str, digest: str | None = None) -> None:
+    """The same, and its verification has come to its end."""
+    a_model_in_the_catalog(stage, model_id, digest)
+    stage.post(f"/v1/catalog/models/{model_id}/verify")
+    stage.wait_until(lambda: stage.read(f"/v1/catalog/models/{model_id}")["verification"]["state"] == "done")
+
+
+@state
+def a_retired_model(stage: Stage, model_id: str) -> None:
+    """The same without a verification, and it was retired."""
+    a_model_in_the_catalog(stage, model_id)
+    stage.post(f"/v1/catalog/models/{model_id}/state", {"state": "Retired"})
+
+
 def _replica_states(stage: Stage) -> list[str]:
     return [replica["state"] for replica in stage.read("/v1/pools/default/health")["replicas"]]
 

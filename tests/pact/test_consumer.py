@@ -11,6 +11,7 @@ from msgspec import UNSET
 
 from llama_orch.client import ApiError, Client, Frame
 from llama_orch.contract.models import (
+    CatalogModelRequest,
     Determinism,
     DrainRequest,
     EndFrame,
@@ -18,12 +19,16 @@ from llama_orch.contract.models import (
     ErrorCode,
     FinishReason,
     MetricsFrame,
+    ModelState,
+    ModelStateRequest,
     Priority,
     ReloadRequest,
     StartedFrame,
     TaskRequest,
     TaskState,
     TokenFrame,
+    VerificationOutcome,
+    VerificationState,
 )
 from pact import match
 from tests.pact.exchange import (
@@ -829,6 +834,161 @@ def test_a_model_that_is_not_there_is_not_loaded(exchange: Exchange) -> None:
     exchange.gets(404, error("NOT_FOUND"))
     with exchange.client() as client, pytest.raises(ApiError, match="What happened"):
         client.reload_pool("default", "builtin:none")
+
+
+# -- the catalog -----------------------------------------------------------------------------------------------------
+
+ENTRY = CatalogModelRequest(id="story", source_url=MODEL, tags=["small"])
+WRONG_DIGEST = "sha256:" + "00" * 32
+UNVERIFIED = {
+    "state": "unverified",
+    "outcome": None,
+    "digest": None,
+    "warnings": [],
+    "problems": [],
+    "read_bytes": None,
+    "total_bytes": None,
+    "verified_at": None,
+}
+POLICY = {"mode": "permissive", "allowed_registries": [], "require_signature": False, "require_sbom": False}
+GGUF = {
+    "architecture": "llama",
+    "context_length": match.int(2048),
+    "quantisation": match.str("F32"),
+    "vram_bytes": match.int(514_000_000),
+}
+
+
+def model(**fields: object) -> dict[str, object]:
+    """A model of the catalog as it was entered."""
+    said = {"id": "story", "digest": None, "source_url": MODEL, "tags": [], "manifests": [], "signatures": []}
+    kept = {"sbom": None, "trust_policy": POLICY, "state": "Active", "size_bytes": match.int(1_185_376)}
+    return {**said, **kept, "verification": UNVERIFIED, "gguf": GGUF, "created_at": timestamp, **fields}
+
+
+def test_a_model_is_entered(exchange: Exchange) -> None:
+    """201 with the whole entry: Active, not verified, and with what its header says."""
+    exchange.given("an idle pool")
+    exchange.asks("POST", "/v1/catalog/models", body=ENTRY)
+    exchange.gets(201, model(tags=["small"]))
+    with exchange.client() as client:
+        assert client.create_model(ENTRY).state is ModelState.ACTIVE
+
+
+def test_a_model_is_entered_again(exchange: Exchange) -> None:
+    """200 and the entry that is there."""
+    again = CatalogModelRequest(id="story", source_url=MODEL)
+    exchange.given("a model in the catalog", model_id="story")
+    exchange.asks("POST", "/v1/catalog/models", body=again)
+    exchange.gets(200, model())
+    with exchange.client() as client:
+        assert client.create_model(again).id == "story"
+
+
+def test_another_model_under_the_same_id_is_in_conflict(exchange: Exchange) -> None:
+    """409."""
+    exchange.given("a model in the catalog", model_id="story")
+    exchange.asks("POST", "/v1/catalog/models", body=ENTRY)
+    exchange.gets(409, error("CONFLICT"))
+    with exchange.client() as client, pytest.raises(ApiError, match="What happened"):
+        client.create_model(ENTRY)
+
+
+def test_a_file_that_is_not_open_cannot_be_entered(exchange: Exchange) -> None:
+    """403 POLICY_DENIED for one that is below none of the roots."""
+    closed = CatalogModelRequest(id="closed", source_url="file:/etc/hostname")
+    exchange.given("an idle pool")
+    exchange.asks("POST", "/v1/catalog/models", body=closed)
+    exchange.gets(403, error("POLICY_DENIED"))
+    with exchange.client() as client, pytest.raises(ApiError, match="What happened"):
+        client.create_model(closed)
+
+
+def test_models_are_listed(exchange: Exchange) -> None:
+    """One page, and null for the next."""
+    exchange.given("a model in the catalog", model_id="story")
+    exchange.asks("GET", "/v1/catalog/models")
+    exchange.gets(200, {"items": [model()], "next_cursor": None})
+    with exchange.client() as client:
+        assert [one.id for one in client.models().items] == ["story"]
+
+
+def test_an_unknown_model_is_not_in_the_catalog(exchange: Exchange) -> None:
+    """404."""
+    exchange.given("an idle pool")
+    exchange.asks("GET", "/v1/catalog/models/nowhere")
+    exchange.gets(404, error("NOT_FOUND"))
+    with exchange.client() as client, pytest.raises(ApiError, match="What happened"):
+        client.model("nowhere")
+
+
+def test_a_verification_is_begun(exchange: Exchange) -> None:
+    """202 with its state."""
+    exchange.given("a model in the catalog", model_id="story")
+    exchange.asks("POST", "/v1/catalog/models/story/verify")
+    state = match.regex("queued", regex="queued|running")
+    exchange.gets(202, {**UNVERIFIED, "state": state, "read_bytes": match.int(0), "total_bytes": match.int(1_185_376)})
+    with exchange.client() as client:
+        assert client.verify_model("story").state is VerificationState.QUEUED
+
+
+def test_the_outcome_of_a_verification_is_on_the_model(exchange: Exchange) -> None:
+    """Passed, with the digest that was found and what is missing."""
+    exchange.given("a verified model", model_id="story")
+    exchange.asks("GET", "/v1/catalog/models/story")
+    found = {"state": "done", "outcome": "passed", "digest": digest, "verified_at": timestamp}
+    warnings = match.each_like(match.str("no signature was declared"), min=1)
+    exchange.gets(200, model(digest=digest, verification={**UNVERIFIED, **found, "warnings": warnings}))
+    with exchange.client() as client:
+        assert client.model("story").verification.outcome is VerificationOutcome.PASSED
+
+
+def test_a_file_that_is_not_what_was_declared_is_not_served(exchange: Exchange) -> None:
+    """403 UNTRUSTED_ARTIFACT for a task that names it."""
+    exchange.given("a verified model", model_id="story", digest=WRONG_DIGEST)
+    task = msgspec.structs.replace(TASK, model_ref="story")
+    exchange.asks("POST", "/v1/tasks", body=task)
+    exchange.gets(403, error("UNTRUSTED_ARTIFACT"))
+    with exchange.client() as client:
+        assert refusal(client, task).error.code is ErrorCode.UNTRUSTED_ARTIFACT
+
+
+def test_a_model_is_retired(exchange: Exchange) -> None:
+    """202 with the model in its new state."""
+    exchange.given("a model in the catalog", model_id="story")
+    body = ModelStateRequest(state=ModelState.RETIRED, deadline_ms=30_000)
+    exchange.asks("POST", "/v1/catalog/models/story/state", body=body)
+    exchange.gets(202, model(state="Retired"))
+    with exchange.client() as client:
+        assert client.put_model_in_state("story", ModelState.RETIRED, deadline_ms=30_000).state is ModelState.RETIRED
+
+
+def test_a_retired_model_takes_no_new_tasks(exchange: Exchange) -> None:
+    """409 MODEL_DEPRECATED, also by the name that its pool has for it."""
+    exchange.given("a retired model", model_id="story")
+    exchange.asks("POST", "/v1/tasks", body=TASK)
+    exchange.gets(409, error("MODEL_DEPRECATED"))
+    with exchange.client() as client:
+        assert refusal(client).error.code is ErrorCode.MODEL_DEPRECATED
+
+
+def test_a_model_that_a_pool_serves_cannot_be_deleted(exchange: Exchange) -> None:
+    """409."""
+    exchange.given("a model in the catalog", model_id="story")
+    exchange.asks("DELETE", "/v1/catalog/models/story")
+    exchange.gets(409, error("CONFLICT"))
+    with exchange.client() as client, pytest.raises(ApiError, match="What happened"):
+        client.delete_model("story")
+
+
+def test_a_model_is_deleted(exchange: Exchange) -> None:
+    """204 once its pool is drained."""
+    exchange.given("a drained pool")
+    exchange.given("a model in the catalog", model_id="story")
+    exchange.asks("DELETE", "/v1/catalog/models/story")
+    exchange.gets(204)
+    with exchange.client() as client:
+        client.delete_model("story")
 
 
 def test_the_service_says_that_it_is_there(exchange: Exchange) -> None:
