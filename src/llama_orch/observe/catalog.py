@@ -35,7 +35,7 @@ class CatalogJournal:
         self._metrics.count("catalog_verifications_total", {"outcome": outcome})
         event(
             log,
-            logging.ERROR if judgement.problems else logging.INFO,
+            logging.WARNING if judgement.problems else logging.INFO,
             f"the verification of model {entry.id} {outcome}" + "".join(f"; {one}" for one in judgement.problems),
             model_id=entry.id,
             digest=None if entry.finding is None else entry.finding.digest,

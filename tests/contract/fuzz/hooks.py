@@ -19,6 +19,7 @@ from schemathesis import Case, CheckContext, HookContext, Response
 
 MODELS = json.loads(os.environ["FUZZ_MODELS"])  # the first is the real one
 IDS = json.loads(os.environ["FUZZ_IDS"])  # for paths, by their beginning: what is there, and what is not
+SOURCE = os.environ["FUZZ_SOURCE"]  # of the models that are entered into the catalog
 RELOADS = json.loads(os.environ["FUZZ_RELOADS"])  # models for the pool that is drained and reloaded
 ACTS_ON_POOLS = ("POST /v1/pools/{id}/drain", "POST /v1/pools/{id}/reload")
 MAX_TOKENS = 16
@@ -29,6 +30,7 @@ HOSTILE = ("two words", "a\ttab", "x" * 129, "na\u00efve")  # no correlation ID 
 
 seen: Counter[str] = Counter()
 admitted: set[str] = set()
+entered: list[str] = []  # models of the catalog
 _count: Counter[str] = Counter()
 
 _is_uuid = re.compile(r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}").fullmatch
@@ -49,6 +51,8 @@ def write_seen() -> None:
 def before_load_schema(context: HookContext, raw_schema: dict[str, Any]) -> None:
     schemas = raw_schema["components"]["schemas"]
     raw_schema["components"]["parameters"].get("Cursor", {})["schema"] = {"type": "string", "pattern": "^[0-9]{1,18}$"}
+    if "CatalogModelRequest" in schemas:
+        schemas["CatalogModelRequest"]["properties"]["source_url"] = {"type": "string", "enum": [SOURCE]}
     if "TaskRequest" in schemas:
         schemas["TaskRequest"] = narrowed(schemas["TaskRequest"], schemas)
     for item in raw_schema["paths"].values():
@@ -142,6 +146,12 @@ def before_call(context: HookContext, case: Case, kwargs: dict[str, Any]) -> Non
     if case.operation.label == "POST /v1/tasks":
         if isinstance(case.body, dict):
             case.body = admissible(case.body, number)
+    elif case.operation.label == "POST /v1/catalog/models":
+        if isinstance(case.body, dict) and number % 7 == 0:  # in conflict with what is there
+            case.body = case.body | {"id": IDS["/v1/catalog/models/"][0], "tags": ["another"]}
+    elif case.operation.label == "DELETE /v1/catalog/models/{id}" and case.meta.phase.name.value != "stateful":
+        known = entered.pop() if entered and number % 4 else known_and_unknown(case)[1]
+        case.path_parameters = case.path_parameters | {"id": known}
     elif case.operation.label in ACTS_ON_POOLS:
         if number % 4 == 0 and case.meta.phase.name.value != "stateful":
             case.path_parameters = case.path_parameters | {"id": known_and_unknown(case)[1]}
@@ -248,6 +258,15 @@ def admitted_tasks_are_there(ctx: CheckContext, response: Response, case: Case) 
     if case.operation.path.startswith("/v1/tasks/{id}") and response.status_code == 404:
         task_id = str(case.path_parameters["id"])
         assert task_id.lower() not in admitted, f"task {task_id} was admitted and is not there"
+
+
+@schemathesis.check
+def entered_models_are_there(ctx: CheckContext, response: Response, case: Case) -> None:
+    """What was entered is kept in mind, so that it can be deleted."""
+    if case.operation.label == "POST /v1/catalog/models" and response.status_code == 201:
+        model = response.json()
+        assert model["state"] == "Active"
+        entered.append(model["id"])
 
 
 @schemathesis.check

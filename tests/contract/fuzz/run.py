@@ -36,9 +36,11 @@ MODEL = "builtin:tiny"
 TASK_ID = "3f2b8c1e-9d5a-4c57-8a43-0c7d5b1f2e90"
 SESSION_ID = "7a1d0f3c-5b2e-4f6a-8c9d-1e2f3a4b5c6d"
 CHANGING = "changing"
+MODEL_ID = "entered"
 IDS = {
     "/v1/tasks/": [TASK_ID, "ffffffff-ffff-4fff-bfff-ffffffffffff"],
     "/v1/sessions/": [SESSION_ID, "ffffffff-ffff-4fff-bfff-ffffffffffff"],
+    "/v1/catalog/models/": [MODEL_ID, "nowhere"],
     "/v1/pools/{id}/drain": [CHANGING, "nowhere"],
     "/v1/pools/{id}/reload": [CHANGING, "nowhere"],
     "/v1/pools/": ["default", "nowhere"],
@@ -63,6 +65,12 @@ MUST_SEE = {
         *(f"listPools {status}" for status in (200, 400, 401)),
         *(f"{operation} {status}" for operation in ("getPool", "getPoolHealth") for status in (200, 400, 401, 404)),
         *(f"{operation} {status}" for operation in ("drainPool", "reloadPool") for status in (202, 400, 401, 404, 415)),
+        *(f"createCatalogModel {status}" for status in (201, 400, 401, 405, 409, 415)),
+        *(f"listCatalogModels {status}" for status in (200, 400, 401)),
+        *(f"getCatalogModel {status}" for status in (200, 400, 401, 404)),
+        *(f"deleteCatalogModel {status}" for status in (204, 400, 401, 404)),
+        *(f"verifyCatalogModel {status}" for status in (202, 400, 401, 404)),
+        *(f"setCatalogModelState {status}" for status in (202, 400, 401, 404, 415)),
         *("drainPool 405", "reloadPool 405", "reloadPool 409"),
         *(f"{operation} {status}" for operation in ("getCapabilities", "getMetrics") for status in (200, 401)),
         *(f"getHealthz {status}" for status in (200, 405)),
@@ -78,6 +86,7 @@ class Files(NamedTuple):
     dropping: Path
     changing: Path
     changed: Path  # what `changing` is reloaded to, and back from
+    entered: Path  # of all models of the catalog; no pool has it
 
     @property
     def models(self) -> list[str]:
@@ -93,6 +102,7 @@ def files_in(folder: Path) -> Files:
     files = Files(*(folder / f"{name}.gguf" for name in Files._fields))
     for file in files:
         file.touch()
+    files.entered.write_bytes(b"another model than the others")
     return files
 
 
@@ -108,6 +118,7 @@ def main() -> int:
         files = files_in(Path(folder))
         with live_service(configuration(files)) as service:
             submit_and_wait(service)
+            enter(service, files)
             problems = [
                 problem
                 for name in MUST_SEE
@@ -163,6 +174,7 @@ def fuzz(
     environment = os.environ | {
         "FUZZ_SEEN": str(seen_path),
         "FUZZ_MODELS": json.dumps(files.models),
+        "FUZZ_SOURCE": f"file:{files.entered}",
         "FUZZ_RELOADS": json.dumps(files.reloads),
         "FUZZ_IDS": json.dumps(IDS),
         "LLORCH_API_TOKEN": service.token,
@@ -194,6 +206,14 @@ def submit_and_wait(service: LiveService) -> None:
     request = urllib.request.Request(f"{service.url}/v1/tasks", json.dumps(body).encode(), headers)
     urllib.request.urlopen(request, timeout=60).close()
     assert "event: end" in read(service, f"/v1/tasks/{TASK_ID}/stream")
+
+
+def enter(service: LiveService, files: Files) -> None:
+    """A model of the catalog that exists throughout."""
+    body = json.dumps({"id": MODEL_ID, "source_url": f"file:{files.entered}"}).encode()
+    headers = service.headers | {"Content-Type": "application/json"}
+    request = urllib.request.Request(f"{service.url}/v1/catalog/models", body, headers)
+    urllib.request.urlopen(request, timeout=60).close()
 
 
 def left_in_service(service: LiveService, files: Files) -> Iterator[str]:
