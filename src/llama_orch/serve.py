@@ -30,6 +30,7 @@ from llama_orch.engines.registry import build_engines
 from llama_orch.models.calibration import Calibration
 from llama_orch.models.digest import Digests
 from llama_orch.observe import logs
+from llama_orch.outbound.plugins import Plugins
 from llama_orch.runtime.builder import Builder
 from llama_orch.runtime.library import FileLibrary
 from llama_orch.runtime.plan import Plan, PlanError, plan_with
@@ -59,6 +60,7 @@ def _serve(settings: Settings, home: Home, token: str, *, lifeline: bool) -> int
     _allow_descriptors(settings)
     sweep_private_folders()  # what a service that was killed could not remove
     try:
+        plugins = Plugins.installed()
         engines = _engines(settings)
         sources = discover(settings.devices, lambda uuids: _can_use_cuda(settings, uuids))
         digests = Digests(home.path / "digests.json")
@@ -69,7 +71,7 @@ def _serve(settings: Settings, home: Home, token: str, *, lifeline: bool) -> int
             print(f"error: {problem}", file=sys.stderr)
         return 1
     with listener, asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(_Program(settings, token, engines, plan, digests).run(listener, lifeline=lifeline))
+        return runner.run(_Program(settings, token, engines, plan, digests, plugins).run(listener, lifeline=lifeline))
 
 
 def _builder(engines: Mapping[str, Engine], sources: Sequence[Source], home: Home, digests: Digests) -> Builder:
@@ -88,6 +90,7 @@ class _Program:
         engines: Mapping[str, Engine],
         plan: Plan,
         digests: Digests,
+        plugins: Plugins,
     ) -> None:
         self._digests = digests
         library = plan.builder.library
@@ -98,6 +101,7 @@ class _Program:
             digest=lambda path: asyncio.to_thread(digests.of, path),
             clock=SystemClock(),
             look=lambda reference: asyncio.to_thread(library.look, reference),
+            plugins=plugins,
         )
         app = build_app(service, token=token, settings=settings)
         self._server = _Server(

@@ -8,6 +8,9 @@ from llama_orch.budgets import BudgetsLeft
 from llama_orch.contract.models import (
     AdmissionResponse,
     Capabilities,
+    FetchRequest,
+    FetchResult,
+    PolicyDecision,
     Pool,
     PoolHealth,
     PoolList,
@@ -67,6 +70,11 @@ class Service(Protocol):
 
     async def reload_pool(self, pool_id: str, new_model_ref: str) -> PoolHealth:
         """Begin a reload; the health as it is then. Conflict while another one runs."""
+
+    async def check_outbound(self, url: str) -> PolicyDecision:
+        """What the outbound policy says about a request, which is not made."""
+
+    async def fetch_url(self, request: FetchRequest) -> FetchResult: ...
 
     def capabilities(self) -> Capabilities: ...
 

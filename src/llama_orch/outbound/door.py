@@ -43,6 +43,7 @@ class Limits:
     total_s: float | None
     idle_s: float = 30.0  # without a byte
     connect_s: float = 10.0  # for one address
+    answer_s: float = 60.0  # until the head of one answer is there
     redirects_max: int = 5
 
 
@@ -213,7 +214,8 @@ class Outbound:
         verify = self._context() if target.scheme == "https" else False
         async with httpx.AsyncHTTPTransport(verify=verify, trust_env=False) as transport:
             with _translated(target):
-                response = await self._first_answer(transport, method, decision, headers, limits)
+                async with asyncio.timeout(limits.answer_s):
+                    response = await self._first_answer(transport, method, decision, headers, limits)
             try:
                 yield response
             finally:
@@ -287,10 +289,24 @@ def _translated(target: Target) -> Iterator[None]:
     """What goes wrong between us and the other side, in our words; none of theirs."""
     try:
         yield
-    except httpx.TimeoutException as error:
+    except (httpx.TimeoutException, TimeoutError) as error:
         raise UpstreamFailed(f"{target.host} did not answer in time") from error
     except (httpx.TransportError, httpx.StreamError, OSError) as error:
-        raise UpstreamFailed(f"the exchange with {target.host} failed ({type(error).__name__})") from error
+        raise UpstreamFailed(f"the exchange with {target.host} failed: {_why(error)}") from error
+
+
+def _why(error: BaseException) -> str:
+    cause: BaseException | None = error
+    while cause is not None:
+        match cause:
+            case ssl.SSLCertVerificationError():
+                return "its certificate is not trusted, or is for another name"
+            case ConnectionRefusedError():
+                return "it refuses connections"
+            case httpx.RemoteProtocolError():
+                return "what it sends is not HTTP, or breaks off"
+        cause = cause.__cause__ or cause.__context__
+    return type(error).__name__
 
 
 @contextlib.asynccontextmanager

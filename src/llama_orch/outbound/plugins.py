@@ -9,16 +9,19 @@ A plugin is a package that has an entry point in the group `llama_orch.outbound`
         if request.host.endswith(".example.net"):
             return Deny("not from here")
 
-It is asked before any name is looked up, once for each request and each redirect, in a thread. It answers None (no
-opinion), Deny, Allow (in place of the lists, in either direction) or Rewrite (to another URL, which the lists judge and
-no plugin sees again). One Deny is enough; else one Rewrite, else one Allow. What addresses may be called is not a
-plugin's to say. A plugin that raises, takes too long, or answers anything else denies.
+It is asked before any name is looked up, once for each request and each redirect, in a thread of its own. It answers
+None (no opinion), Deny, Allow (in place of the lists) or Rewrite (to another URL, which the lists judge and no plugin
+sees again). One Deny is enough; else one Rewrite, else one Allow. What addresses may be called is not for plugins to
+say. A plugin that raises, takes too long, or answers anything else denies.
 """
 
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
+import contextvars
 import logging
+import threading
 from typing import Any, NamedTuple
 
 import pluggy
@@ -28,6 +31,7 @@ from llama_orch.outbound.decision import Purpose
 PROJECT = "llama_orch"
 GROUP = "llama_orch.outbound"
 ANSWER_LIMIT_S = 5.0
+THREADS_MAX = 16
 
 hookspec = pluggy.HookspecMarker(PROJECT)
 hookimpl = pluggy.HookimplMarker(PROJECT)
@@ -75,7 +79,9 @@ class _Specification:
 class Plugins:
     """The plugins in use. Without any, nothing is asked."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, answer_limit_s: float = ANSWER_LIMIT_S) -> None:
+        self._answer_limit_s = answer_limit_s
+        self._threads = threading.BoundedSemaphore(THREADS_MAX)
         self._manager = pluggy.PluginManager(PROJECT)
         self._manager.add_hookspecs(_Specification)
 
@@ -94,15 +100,29 @@ class Plugins:
         self._manager.register(plugin, name)
 
     async def ask(self, request: OutboundRequest) -> Answer | None:
-        hook = self._manager.hook.llama_orch_outbound
-        if not hook.get_hookimpls():
+        """What they say together. Takes at most ANSWER_LIMIT_S seconds."""
+        if not self._manager.hook.llama_orch_outbound.get_hookimpls():
             return None
+        if not self._threads.acquire(blocking=False):
+            return Deny("plugins have not answered earlier requests yet")
+        done: concurrent.futures.Future[Answer | None] = concurrent.futures.Future()
+        context = contextvars.copy_context()
+        # A daemon: one that never comes back must not keep the program from ending.
+        threading.Thread(target=context.run, args=(self._work, request, done), daemon=True).start()
+        waiting = asyncio.wrap_future(done)
+        await asyncio.wait((waiting,), timeout=self._answer_limit_s)
+        if waiting.done():
+            return waiting.result()
+        log.warning("an outbound plugin did not answer within %g s", self._answer_limit_s)
+        return Deny("a plugin did not answer in time")
+
+    def _work(self, request: OutboundRequest, done: concurrent.futures.Future[Answer | None]) -> None:
+        with self._threads:
+            done.set_result(self._answer(request))
+
+    def _answer(self, request: OutboundRequest) -> Answer | None:
         try:
-            async with asyncio.timeout(ANSWER_LIMIT_S):
-                answers = await asyncio.to_thread(hook, request=request)
-        except TimeoutError:
-            log.warning("an outbound plugin did not answer within %g s", ANSWER_LIMIT_S)
-            return Deny("a plugin did not answer in time")
+            answers = self._manager.hook.llama_orch_outbound(request=request)
         except Exception:
             log.exception("an outbound plugin failed")
             return Deny("a plugin failed; the log says how")
