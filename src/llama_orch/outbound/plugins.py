@@ -117,13 +117,15 @@ class Plugins:
         return Deny("a plugin did not answer in time")
 
     def _work(self, request: OutboundRequest, done: concurrent.futures.Future[Answer | None]) -> None:
-        with self._threads:
+        try:
             done.set_result(self._answer(request))
+        finally:
+            self._threads.release()
 
     def _answer(self, request: OutboundRequest) -> Answer | None:
         try:
             answers = self._manager.hook.llama_orch_outbound(request=request)
-        except Exception:
+        except BaseException:  # it is alone in its thread, so that there is nobody whom SystemExit could concern
             log.exception("an outbound plugin failed")
             return Deny("a plugin failed; the log says how")
         return _settled(answers)

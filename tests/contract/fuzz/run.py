@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
 from tests.live.client import until
+from tests.live.elsewhere import elsewhere
 from tests.live_service import LiveService, live_service
 
 HERE = Path(__file__).resolve().parent
@@ -61,6 +62,8 @@ MUST_SEE = {
         *(f"{operation} {status}" for operation in ("drainPool", "reloadPool") for status in (202, 400, 401, 404, 415)),
         *("drainPool 405", "reloadPool 405", "reloadPool 409"),
         *(f"{operation} {status}" for operation in ("getCapabilities", "getMetrics") for status in (200, 401)),
+        *(f"checkOutbound {status}" for status in (200, 400, 401, 405, 415)),
+        *(f"fetchUrl {status}" for status in (200, 400, 401, 403, 405, 415, 502)),
         *(f"getHealthz {status}" for status in (200, 405)),
     ],
 }
@@ -100,9 +103,10 @@ def main() -> int:
     parser.add_argument("--junit", type=Path, help="a folder for JUnit reports")
     given = parser.parse_args()
     seed = (random.SystemRandom().randrange(2**32) if given.seed is None else given.seed) if given.random else None
-    with tempfile.TemporaryDirectory(prefix="llorch-fuzz-") as folder:
+    with tempfile.TemporaryDirectory(prefix="llorch-fuzz-") as folder, elsewhere() as (there, _):
         files = files_in(Path(folder))
-        with live_service(configuration(files)) as service:
+        os.environ["FUZZ_URLS"] = json.dumps([f"{there}/text", f"{there}/short", f"{there}/back", "http://127.0.0.2/"])
+        with live_service(configuration(files, there)) as service:
             submit_and_wait(service)
             problems = [
                 problem
@@ -120,11 +124,13 @@ def main() -> int:
     return 1 if problems else 0
 
 
-def configuration(files: Files) -> dict[str, Any]:
-    """Answers are short where a task does not say how long; the queues of the simulated pools are soon full."""
+def configuration(files: Files, there: str) -> dict[str, Any]:
+    """Answers are short where a task does not say how long; the queues of the simulated pools are soon full. One machine
+    may be called, so that random URLs reach nobody and no name server."""
     simulated = {"engine": "simulated", "slots": 1, "max_tokens": 32}
     return {
         "devices": [{"id": "cpu", "backend": "cpu"}],
+        "policy": {"outbound": {"default": "deny", "allow": [there.removeprefix("http://")]}},
         "catalog": {"file_roots": [str(files.changed.parent)]},
         "pools": [
             {"id": "default", "model": MODEL, "max_tokens": 8},
