@@ -105,7 +105,6 @@ def main() -> int:
     seed = (random.SystemRandom().randrange(2**32) if given.seed is None else given.seed) if given.random else None
     with tempfile.TemporaryDirectory(prefix="llorch-fuzz-") as folder, elsewhere() as (there, _):
         files = files_in(Path(folder))
-        os.environ["FUZZ_URLS"] = json.dumps([f"{there}/text", f"{there}/short", f"{there}/back", "http://127.0.0.2/"])
         with live_service(configuration(files, there)) as service:
             submit_and_wait(service)
             problems = [
@@ -125,8 +124,8 @@ def main() -> int:
 
 
 def configuration(files: Files, there: str) -> dict[str, Any]:
-    """Answers are short where a task does not say how long; the queues of the simulated pools are soon full. One machine
-    may be called, so that random URLs reach nobody and no name server."""
+    """Answers are short where a task does not say how long; the queues of the simulated pools are soon full. One
+    machine may be called, so that random URLs reach nobody and no name server."""
     simulated = {"engine": "simulated", "slots": 1, "max_tokens": 32}
     return {
         "devices": [{"id": "cpu", "backend": "cpu"}],
@@ -166,6 +165,7 @@ def fuzz(
         "FUZZ_MODELS": json.dumps(files.models),
         "FUZZ_RELOADS": json.dumps(files.reloads),
         "FUZZ_IDS": json.dumps(IDS),
+        "FUZZ_URLS": json.dumps([f"{there}/text", f"{there}/short", f"{there}/back", "http://127.0.0.2/"]),
         "LLORCH_API_TOKEN": service.token,
         "PYTHONPATH": os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")]),
         "HYPOTHESIS_STORAGE_DIRECTORY": str(folder / "hypothesis"),
