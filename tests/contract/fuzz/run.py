@@ -35,9 +35,11 @@ DOCUMENTS = ROOT / "src" / "llama_orch" / "contract" / "documents"
 PHASES = "examples,coverage,fuzzing,stateful"
 MODEL = "builtin:tiny"
 TASK_ID = "3f2b8c1e-9d5a-4c57-8a43-0c7d5b1f2e90"
+SESSION_ID = "7a1d0f3c-5b2e-4f6a-8c9d-1e2f3a4b5c6d"
 CHANGING = "changing"
 IDS = {
     "/v1/tasks/": [TASK_ID, "ffffffff-ffff-4fff-bfff-ffffffffffff"],
+    "/v1/sessions/": [SESSION_ID, "ffffffff-ffff-4fff-bfff-ffffffffffff"],
     "/v1/pools/{id}/drain": [CHANGING, "nowhere"],
     "/v1/pools/{id}/reload": [CHANGING, "nowhere"],
     "/v1/pools/": ["default", "nowhere"],
@@ -53,6 +55,8 @@ MUST_SEE = {
         *(f"listTasks {status}" for status in (200, 400, 401)),
         *(f"{operation} {status}" for operation in ("getTask", "streamTask") for status in (200, 400, 401, 404)),
         *(f"cancelTask {status}" for status in (204, 400, 401, 404)),
+        *(f"getSession {status}" for status in (200, 400, 401, 404)),
+        *(f"deleteSession {status}" for status in (204, 400, 401)),
         *(f"frame {name}" for name in ("started", "token", "metrics", "end", "error")),
     ],
     "control": [
@@ -111,7 +115,7 @@ def main() -> int:
                 problem
                 for name in MUST_SEE
                 for problem in fuzz(
-                    service, name, arguments(name, seed, given), files, Path(folder), is_gate=seed is None
+                    service, name, arguments(name, seed, given), files, there, Path(folder), is_gate=seed is None
                 )
             ]
             problems += left_in_service(service, files)
@@ -130,6 +134,7 @@ def configuration(files: Files, there: str) -> dict[str, Any]:
     return {
         "devices": [{"id": "cpu", "backend": "cpu"}],
         "policy": {"outbound": {"default": "deny", "allow": [there.removeprefix("http://")]}},
+        "sessions": {"max_turns": 1000, "budgets": {"mode": "enforce", "tokens": 10_000_000}},
         "catalog": {"file_roots": [str(files.changed.parent)]},
         "pools": [
             {"id": "default", "model": MODEL, "max_tokens": 8},
@@ -156,9 +161,10 @@ def arguments(name: str, seed: int | None, given: argparse.Namespace) -> list[st
 
 
 def fuzz(
-    service: LiveService, name: str, options: list[str], files: Files, folder: Path, *, is_gate: bool
+    service: LiveService, name: str, options: list[str], files: Files, there: str, folder: Path, *, is_gate: bool
 ) -> Iterator[str]:
-    """One run of `st`, in a folder of its own so that nothing stays behind. Yields problems."""
+    """One run of `st`, in a folder of its own so that nothing stays behind. `there`: a machine to call. Yields
+    problems."""
     seen_path = folder / f"{name}.json"
     environment = os.environ | {
         "FUZZ_SEEN": str(seen_path),
@@ -183,7 +189,14 @@ def fuzz(
 
 def submit_and_wait(service: LiveService) -> None:
     """A task that exists throughout. That its stream has ended says that the pool is ready."""
-    body = {"task_id": TASK_ID, "model_ref": MODEL, "prompt": "Once", "max_tokens": 8, "seed": 7}
+    body = {
+        "task_id": TASK_ID,
+        "model_ref": MODEL,
+        "prompt": "Once",
+        "max_tokens": 8,
+        "seed": 7,
+        "session_id": SESSION_ID,
+    }
     headers = service.headers | {"Content-Type": "application/json"}
     request = urllib.request.Request(f"{service.url}/v1/tasks", json.dumps(body).encode(), headers)
     urllib.request.urlopen(request, timeout=60).close()
