@@ -14,7 +14,7 @@ from tests.live.client import open_client
 from tests.live.elsewhere import elsewhere
 from tests.live_service import LiveService, live_service
 
-pytestmark = pytest.mark.spec("HP-SEC-4")
+pytestmark = [pytest.mark.spec("HP-SEC-4"), pytest.mark.attack(6)]
 SECRET = "signature-hunter2"
 
 

@@ -13,7 +13,7 @@ from llama_orch.errors import PolicyDenied, UpstreamFailed
 from llama_orch.outbound.door import Limits, Reply
 from tests.outbound.stand_in import Door, a_door, a_machine, ok, play, redirect
 
-pytestmark = pytest.mark.spec("HP-SEC-4")
+pytestmark = [pytest.mark.spec("HP-SEC-4"), pytest.mark.attack(6)]
 LIMITS = Limits(bytes_max=10_000, total_s=15.0)
 NOWHERE = "127.0.0.9"  # loopback, and not the stand-in for a public machine
 

@@ -175,6 +175,13 @@ def a_task_was_dropped_from_a_full_queue(stage: Stage, **task: Any) -> None:
     stage.wait_for_the_end(task_id)
 
 
+@state
+def another_machine(stage: Stage) -> None:
+    """It answers for `http://files.example`: `/text` with a text, `/short` with less than it says, else with a
+    picture."""
+    stage.raise_service(Installation(reaches=stage.there))
+
+
 def _replica_states(stage: Stage) -> list[str]:
     return [replica["state"] for replica in stage.read("/v1/pools/default/health")["replicas"]]
 
