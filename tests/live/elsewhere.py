@@ -37,10 +37,15 @@ class _Elsewhere(BaseHTTPRequestHandler):
         """Says nothing."""
 
 
+class _Server(ThreadingHTTPServer):
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A caller that has lost patience is no news."""
+
+
 @contextmanager
 def elsewhere() -> Iterator[tuple[str, list[str]]]:
     """Its URL, and the paths that it was asked for."""
-    with ThreadingHTTPServer(("127.0.0.1", 0), _Elsewhere) as server:
+    with _Server(("127.0.0.1", 0), _Elsewhere) as server:
         server.heard = []  # type: ignore[attr-defined]
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
         thread.start()
