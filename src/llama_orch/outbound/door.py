@@ -51,13 +51,16 @@ class Reply:
     """What the other side answers: `http_status` is never a redirect's. `headers` have lower-case names; of one that
     came several times the values are joined with commas."""
 
-    def __init__(self, response: httpx.Response, decision: Decision, target: Target, limits: Limits) -> None:
+    def __init__(
+        self, response: httpx.Response, decision: Decision, target: Target, limits: Limits, *, is_head: bool
+    ) -> None:
         self.http_status = response.status_code
         self.headers: Mapping[str, str] = {name.lower(): value for name, value in response.headers.items()}
         self.decision = decision
         self.target = target
         self._response = response
         self._limits = limits
+        self._is_head = is_head
 
     @property
     def audit_id(self) -> str:
@@ -66,7 +69,7 @@ class Reply:
     async def chunks(self) -> AsyncIterator[bytes]:
         """The body as it is on the wire, without transfer encoding and with content encoding. Once. Raises
         UpstreamFailed when it breaks off, stops coming, has another length than was said, or is too large."""
-        length = self.headers.get("content-length", "")
+        length = "" if self._is_head else self.headers.get("content-length", "")
         if length.isdecimal() and len(length) < 20 and int(length) > self._limits.bytes_max:
             raise self._too_large()
         received = 0
@@ -115,11 +118,11 @@ class Outbound:
     ) -> AsyncIterator[Reply]:
         """The answer at the end of all redirects, its body still to come; the connection ends with the block.
 
-        Raises PolicyDenied, with the rule as `policy_label` and `audit_id` in `details`, and UpstreamFailed. A status
-        of 400 and more is an answer like any other. `Range` in `headers` asks for a part of the body.
+        Raises PolicyDenied, with the rule as `policy_label`, and UpstreamFailed, both with `audit_id` in `details`. A
+        status of 400 and more is an answer like any other. `Range` in `headers` asks for a part of the body.
         """
         audit_id, given = new_id(), _sendable(headers or {})
-        async with _in_time(limits), contextlib.AsyncExitStack() as stack:
+        async with _named(audit_id), _in_time(limits), contextlib.AsyncExitStack() as stack:
             decision = await self._judged(url, purpose, audit_id)
             first = parse_target(url)  # a plugin may have changed it
             for _ in range(limits.redirects_max + 1):
@@ -128,7 +131,7 @@ class Outbound:
                 response = await stack.enter_async_context(self._open(method, decision, sent, limits))
                 location = response.headers.get("location")
                 if response.status_code not in REDIRECTS or location is None:
-                    yield Reply(response, decision, target, limits)
+                    yield Reply(response, decision, target, limits, is_head=method == "HEAD")
                     return
                 await response.aclose()
                 decision = await self._redirected(decision, location)
@@ -142,7 +145,7 @@ class Outbound:
         if not decision.is_allowed:
             raise _denied(decision)
         if not decision.addresses:
-            raise UpstreamFailed(f"there is nothing to connect to: {decision.reason}", details={"audit_id": audit_id})
+            raise UpstreamFailed(f"there is nothing to connect to: {decision.reason}")
         return decision
 
     async def _redirected(self, decision: Decision, location: str) -> Decision:
@@ -307,6 +310,16 @@ def _why(error: BaseException) -> str:
                 return "what it sends is not HTTP, or breaks off"
         cause = cause.__cause__ or cause.__context__
     return type(error).__name__
+
+
+@contextlib.asynccontextmanager
+async def _named(audit_id: str) -> AsyncIterator[None]:
+    """A failure, wherever in the fetch, says where in the log its decisions are."""
+    try:
+        yield
+    except UpstreamFailed as error:
+        error.details = {"audit_id": audit_id, **(error.details or {})}
+        raise
 
 
 @contextlib.asynccontextmanager

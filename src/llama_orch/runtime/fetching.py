@@ -12,7 +12,7 @@ import re
 import zlib
 
 from llama_orch.contract.models import FetchRequest, FetchResult, PolicyDecision
-from llama_orch.errors import LlorchError, ReplicaExhausted, UpstreamFailed
+from llama_orch.errors import ReplicaExhausted, UpstreamFailed
 from llama_orch.outbound.decision import Decision
 from llama_orch.outbound.door import Limits, Outbound, Reply
 
@@ -49,12 +49,8 @@ class Fetching:
         limits = Limits(request.max_bytes, request.timeout_ms / 1000, redirects_max=REDIRECTS_MAX)
         with self._place():
             async with self._outbound.fetch(request.url, purpose="tool", limits=limits) as reply:
-                try:
-                    body = await _body(reply, request.max_bytes)
-                    text = await asyncio.to_thread(_text, reply, body)
-                except LlorchError as error:
-                    error.details = {"audit_id": reply.audit_id, **(error.details or {})}
-                    raise
+                body = await _body(reply, request.max_bytes)
+                text = await asyncio.to_thread(_text, reply, body)
                 return FetchResult(
                     status=reply.http_status,
                     headers={name: value for name, value in reply.headers.items() if name != "set-cookie"},
