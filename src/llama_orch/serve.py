@@ -34,6 +34,7 @@ from llama_orch.models.catalog import CatalogBook, Sight
 from llama_orch.models.digest import Digests
 from llama_orch.models.references import resolve
 from llama_orch.observe import logs
+from llama_orch.outbound.plugins import Plugins
 from llama_orch.runtime.builder import Builder
 from llama_orch.runtime.hashing import HashingProcess
 from llama_orch.runtime.library import CatalogLibrary, FileLibrary
@@ -73,6 +74,7 @@ def _serve(settings: Settings, home: Home, token: str, *, lifeline: bool) -> int
 
 def _serve_with(database: Database, settings: Settings, home: Home, token: str, *, lifeline: bool) -> int:
     try:
+        plugins = Plugins.installed()
         engines = _engines(settings)
         sources = discover(settings.devices, lambda uuids: _can_use_cuda(settings, uuids))
         digests = Digests(home.path / "digests.json")
@@ -84,7 +86,8 @@ def _serve_with(database: Database, settings: Settings, home: Home, token: str, 
             print(f"error: {problem}", file=sys.stderr)
         return 1
     with listener, asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(_Program(settings, token, engines, plan, digests, keeping).run(listener, lifeline=lifeline))
+        program = _Program(settings, token, engines, plan, digests, keeping, plugins)
+        return runner.run(program.run(listener, lifeline=lifeline))
 
 
 def _builder(
@@ -125,6 +128,7 @@ class _Program:
         plan: Plan,
         digests: Digests,
         keeping: Keeping,
+        plugins: Plugins,
     ) -> None:
         self._digests = digests
         library = plan.builder.library
@@ -136,6 +140,7 @@ class _Program:
             clock=SystemClock(),
             look=lambda reference: asyncio.to_thread(library.look, reference),
             keeping=keeping,
+            plugins=plugins,
         )
         app = build_app(service, token=token, settings=settings)
         self._server = _Server(

@@ -20,7 +20,9 @@ from llama_orch.contract.models import (
     CatalogModelRequest,
     DrainRequest,
     Error,
+    FetchRequest,
     ModelStateRequest,
+    OutboundCheck,
     ReloadRequest,
     TaskRequest,
 )
@@ -37,12 +39,15 @@ DRAIN = {"deadline_ms": 30_000}
 RELOAD = {"new_model_ref": "builtin:tiny"}
 MODEL = {"id": "bad-input", "source_url": "builtin:tiny"}
 MODEL_STATE = {"state": "Active"}
+URL = {"url": "https://example.com/"}
 GOOD_BODIES = {
     TaskRequest: TASK,
     DrainRequest: DRAIN,
     ReloadRequest: RELOAD,
     CatalogModelRequest: MODEL,
     ModelStateRequest: MODEL_STATE,
+    OutboundCheck: URL,
+    FetchRequest: URL,
 }
 CID = "test-of-bad-input"
 

@@ -197,6 +197,13 @@ def a_retired_model(stage: Stage, model_id: str) -> None:
     stage.post(f"/v1/catalog/models/{model_id}/state", {"state": "Retired"})
 
 
+@state
+def another_machine(stage: Stage) -> None:
+    """It answers for `http://files.example`: `/text` with a text, `/short` with less than it says, else with a
+    picture."""
+    stage.raise_service(Installation(reaches=stage.there))
+
+
 def _replica_states(stage: Stage) -> list[str]:
     return [replica["state"] for replica in stage.read("/v1/pools/default/health")["replicas"]]
 

@@ -11,8 +11,11 @@ from llama_orch.contract.models import (
     CatalogModel,
     CatalogModelList,
     CatalogModelRequest,
+    FetchRequest,
+    FetchResult,
     ModelStateRequest,
     ModelVerification,
+    PolicyDecision,
     Pool,
     PoolHealth,
     PoolList,
@@ -93,6 +96,11 @@ class Service(Protocol):
 
     async def reload_pool(self, pool_id: str, new_model_ref: str) -> PoolHealth:
         """Begin a reload; the health as it is then. Conflict while another one runs."""
+
+    async def check_outbound(self, url: str) -> PolicyDecision:
+        """What the outbound policy says about a request, which is not made."""
+
+    async def fetch_url(self, request: FetchRequest) -> FetchResult: ...
 
     def capabilities(self) -> Capabilities: ...
 

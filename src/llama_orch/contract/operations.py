@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, NamedTuple, Protocol
 
 from msgspec import Meta
 
-from .models import CatalogModelRequest, DrainRequest, ModelStateRequest, ReloadRequest, TaskRequest, TaskState, Uuid
+from .models import CatalogModelRequest, DrainRequest, FetchRequest, ModelStateRequest, OutboundCheck, ReloadRequest, TaskRequest, TaskState, Uuid
 
 API_VERSION = '2.3.0'
 
@@ -83,6 +83,16 @@ OPERATIONS: dict[str, Operation] = {
         'createCatalogModel', 'control', 'POST', '/v1/catalog/models', CatalogModelRequest,
         (),
         (200, 201, 400, 401, 403, 409, 413, 415, 507), is_open=False,
+    ),
+    'fetchUrl': Operation(
+        'fetchUrl', 'control', 'POST', '/v1/tools/fetch', FetchRequest,
+        (),
+        (200, 400, 401, 403, 413, 415, 502, 503), is_open=False,
+    ),
+    'checkOutbound': Operation(
+        'checkOutbound', 'control', 'POST', '/v1/policy/outbound/check', OutboundCheck,
+        (),
+        (200, 400, 401, 403, 413, 415, 503), is_open=False,
     ),
     'getCatalogModel': Operation(
         'getCatalogModel', 'control', 'GET', '/v1/catalog/models/{id}', None,
@@ -184,6 +194,8 @@ ALLOW: dict[str, str] = {
     '/v1/capabilities': 'GET, HEAD',
     '/v1/pools': 'GET, HEAD',
     '/v1/catalog/models': 'GET, HEAD, POST',
+    '/v1/tools/fetch': 'POST',
+    '/v1/policy/outbound/check': 'POST',
     '/v1/catalog/models/{id}': 'DELETE, GET, HEAD',
     '/v1/catalog/models/{id}/verify': 'POST',
     '/v1/catalog/models/{id}/state': 'POST',
@@ -209,6 +221,8 @@ class Handlers(Protocol):
     async def list_pools(self, *, limit: Annotated[int, Meta(ge=1, le=200)], cursor: Annotated[str, Meta(min_length=1, max_length=200)] | None) -> Any: ...  # GET /v1/pools
     async def list_catalog_models(self, *, limit: Annotated[int, Meta(ge=1, le=200)], cursor: Annotated[str, Meta(min_length=1, max_length=200)] | None) -> Any: ...  # GET /v1/catalog/models
     async def create_catalog_model(self, *, body: CatalogModelRequest) -> Any: ...  # POST /v1/catalog/models
+    async def fetch_url(self, *, body: FetchRequest) -> Any: ...  # POST /v1/tools/fetch
+    async def check_outbound(self, *, body: OutboundCheck) -> Any: ...  # POST /v1/policy/outbound/check
     async def get_catalog_model(self, *, id: Annotated[str, Meta(min_length=1, max_length=64)]) -> Any: ...  # GET /v1/catalog/models/{id}
     async def delete_catalog_model(self, *, id: Annotated[str, Meta(min_length=1, max_length=64)]) -> Any: ...  # DELETE /v1/catalog/models/{id}
     async def verify_catalog_model(self, *, id: Annotated[str, Meta(min_length=1, max_length=64)]) -> Any: ...  # POST /v1/catalog/models/{id}/verify

@@ -12,8 +12,11 @@ from llama_orch.contract.models import (
     Capabilities,
     Concurrency,
     EngineCapability,
+    FetchRequest,
+    FetchResult,
     FullPolicy,
     ModelState,
+    PolicyDecision,
     PoolCapability,
     PoolHealth,
     PoolList,
@@ -40,6 +43,7 @@ from llama_orch.errors import InvalidParams
 from llama_orch.observe.metrics import Metrics, Reading
 from llama_orch.runtime import views
 from llama_orch.runtime.catalog_service import CatalogService
+from llama_orch.runtime.fetching import Fetching
 from llama_orch.runtime.orchestrator import Orchestrator
 from llama_orch.runtime.streams import Reader
 
@@ -54,7 +58,9 @@ class LocalService:
         sources: Sequence[Source],
         metrics: Metrics,
         settings: Settings,
+        fetching: Fetching,
     ) -> None:
+        self._fetching = fetching
         self._orchestrator = orchestrator
         self._scheduler = orchestrator.scheduler
         self._engines = engines
@@ -155,6 +161,14 @@ class LocalService:
 
     async def reload_pool(self, pool_id: str, new_model_ref: str) -> PoolHealth:
         return self._health(await self._orchestrator.reload_pool(pool_id, new_model_ref))
+
+    # -- to elsewhere --------------------------------------------------------------------------------------------------
+
+    async def check_outbound(self, url: str) -> PolicyDecision:
+        return await self._fetching.check(url)
+
+    async def fetch_url(self, request: FetchRequest) -> FetchResult:
+        return await self._fetching.fetch(request)
 
     # -- capabilities --------------------------------------------------------------------------------------------------
 

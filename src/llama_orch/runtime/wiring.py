@@ -14,7 +14,12 @@ from llama_orch.models.catalog import CatalogBook, Sight
 from llama_orch.observe.catalog import CatalogJournal
 from llama_orch.observe.journal import Journal
 from llama_orch.observe.metrics import Metrics
+from llama_orch.observe.outbound import OutboundJournal
+from llama_orch.outbound.door import Outbound
+from llama_orch.outbound.plugins import Plugins
+from llama_orch.policy.rules import Rules
 from llama_orch.runtime.catalog import Catalog, Glance, Records, Unkept
+from llama_orch.runtime.fetching import Fetching
 from llama_orch.runtime.hashing import Examine, examine_with
 from llama_orch.runtime.library import CatalogLibrary, Model
 from llama_orch.runtime.on_demand import Look
@@ -44,10 +49,11 @@ def wire(
     clock: Clock,
     look: Look | None = None,
     keeping: Keeping | None = None,
+    plugins: Plugins | None = None,
 ) -> tuple[Orchestrator, LocalService]:
     """The orchestrator and what the edge sees of it. `digest` gives a model file's `sha256:…`; `look` finds a model
     without holding up the event loop (the plan's own library, where that does no harm); `keeping` is for a catalog that
-    outlives the service."""
+    outlives the service; `plugins` judge outbound requests."""
     if keeping is None:
         keeping = _keeping_nothing(settings, plan, digest)
 
@@ -63,6 +69,7 @@ def wire(
     )
     sources = list(plan.builder.sources.values())
     metrics = Metrics(lambda: gauges(orchestrator, sources))
+    outbound = Outbound(Rules.of(settings.policy.outbound), OutboundJournal(metrics).decided, plugins=plugins)
     replicas = Replicas(plan.replicas, digest)
     catalog = Catalog(
         keeping.book,
@@ -77,7 +84,7 @@ def wire(
     orchestrator = Orchestrator(
         scheduler, replicas, plan.builder, look or look_here, Journal(metrics), clock, settings, catalog
     )
-    return orchestrator, LocalService(orchestrator, engines, sources, metrics, settings)
+    return orchestrator, LocalService(orchestrator, engines, sources, metrics, settings, Fetching(outbound))
 
 
 def _keeping_nothing(settings: Settings, plan: Plan, digest: Callable[[Path], Awaitable[str]]) -> Keeping:

@@ -21,6 +21,8 @@ MODELS = json.loads(os.environ["FUZZ_MODELS"])  # the first is the real one
 IDS = json.loads(os.environ["FUZZ_IDS"])  # for paths, by their beginning: what is there, and what is not
 SOURCE = os.environ["FUZZ_SOURCE"]  # of the models that are entered into the catalog
 RELOADS = json.loads(os.environ["FUZZ_RELOADS"])  # models for the pool that is drained and reloaded
+URLS = json.loads(os.environ["FUZZ_URLS"])  # one that answers with a text, and some that do not
+TO_ELSEWHERE = ("POST /v1/policy/outbound/check", "POST /v1/tools/fetch")
 ACTS_ON_POOLS = ("POST /v1/pools/{id}/drain", "POST /v1/pools/{id}/reload")
 MAX_TOKENS = 16
 MAX_INPUTS = 3
@@ -152,6 +154,11 @@ def before_call(context: HookContext, case: Case, kwargs: dict[str, Any]) -> Non
     elif case.operation.label == "DELETE /v1/catalog/models/{id}" and case.meta.phase.name.value != "stateful":
         known = entered.pop() if entered and number % 4 else known_and_unknown(case)[1]
         case.path_parameters = case.path_parameters | {"id": known}
+    elif case.operation.label in TO_ELSEWHERE:
+        if isinstance(case.body, dict) and number % 5:  # the fifth keeps what it has, which is hardly ever a URL
+            case.body = case.body | {"url": URLS[number % 5 % len(URLS)]}
+            if number % 3:
+                case.body = {"url": case.body["url"]}
     elif case.operation.label in ACTS_ON_POOLS:
         if number % 4 == 0 and case.meta.phase.name.value != "stateful":
             case.path_parameters = case.path_parameters | {"id": known_and_unknown(case)[1]}
