@@ -49,6 +49,7 @@ log = logging.getLogger("llama_orch.serve")
 
 SHUTDOWN_LIMIT_S = 5  # for connections that are still open once every task has ended
 PROBE_LIMIT_S = 30
+FETCHED_NAME = "models"  # below the home folder: files from elsewhere
 SPARE_DESCRIPTORS = 1024  # connections that do not stream, workers, files
 
 
@@ -94,7 +95,10 @@ def _builder(
     engines: Mapping[str, Engine], sources: Sequence[Source], home: Home, digests: Digests, book: CatalogBook
 ) -> Builder:
     """Knows what earlier loads really took."""
-    calibration, library = Calibration(home.path / "calibration.json"), CatalogLibrary(book, FileLibrary())
+    calibration, library = (
+        Calibration(home.path / "calibration.json"),
+        CatalogLibrary(book, FileLibrary(), home.path / FETCHED_NAME),
+    )
     return Builder(engines, sources, library, calibration, lambda model: digests.known(model.path))
 
 
@@ -114,7 +118,8 @@ def _catalog(database: Database, settings: Settings, digests: Digests) -> Keepin
         path = resolve(reference)
         return sight_of(path, settings), path
 
-    return Keeping(book, CatalogRecords(database, store), glance, HashingProcess(digests), is_known)
+    records, examine = CatalogRecords(database, store), HashingProcess(digests)
+    return Keeping(book, records, glance, examine, is_known, fetched=database.path.parent / FETCHED_NAME)
 
 
 class _Program:

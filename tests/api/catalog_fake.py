@@ -3,13 +3,16 @@ over at once. It misbehaves where a name asks for it."""
 
 from __future__ import annotations
 
+import msgspec
 from msgspec import structs
 
 from llama_orch.contract.models import (
     CatalogModel,
     CatalogModelList,
     CatalogModelRequest,
+    FetchState,
     GgufInfo,
+    ModelFetch,
     ModelState,
     ModelStateRequest,
     ModelVerification,
@@ -24,6 +27,22 @@ FULL_DISK_MODEL = "full-disk"  # cannot be entered
 KNOWN_MODEL = "known"  # is there from the beginning
 CLOSED_SOURCE = "file:/etc/passwd"
 DIGEST = "sha256:" + "a" * 64
+
+
+FETCHED = ModelFetch(state=FetchState.DONE, received_bytes=7, total_bytes=7, error=None)
+
+
+class FakeFetchReader:
+    """One event."""
+
+    def __init__(self) -> None:
+        self._events = [b"id: 0\nevent: progress\ndata: %b\n\n" % msgspec.json.encode(FETCHED)]
+
+    async def batch(self) -> bytes | None:
+        return self._events.pop() if self._events else None
+
+    def close(self) -> None:
+        self._events.clear()
 
 
 class FakeCatalog:
@@ -85,6 +104,15 @@ class FakeCatalog:
         self.models[model_id] = structs.replace(model, verification=done)
         return structs.replace(UNVERIFIED, state=VerificationState.QUEUED, read_bytes=0, total_bytes=7)
 
+    async def fetch(self, model_id: str) -> ModelFetch:
+        await self.get(model_id)
+        return FETCHED
+
+    def open_fetch(self, model_id: str) -> FakeFetchReader:
+        if model_id not in self.models:
+            raise NotFound("no such model")
+        return FakeFetchReader()
+
     async def put_in_state(self, model_id: str, request: ModelStateRequest) -> CatalogModel:
         self.models[model_id] = structs.replace(await self.get(model_id), state=request.state)
         self.deadlines_ms.append(request.deadline_ms)
@@ -117,5 +145,6 @@ def a_model(request: CatalogModelRequest) -> CatalogModel:
         size_bytes=7,
         verification=UNVERIFIED,
         gguf=GgufInfo(architecture="llama", context_length=2048, quantisation="F32", vram_bytes=512 << 20),
+        fetch=None,
         created_at="2026-01-01T12:00:00.000Z",
     )

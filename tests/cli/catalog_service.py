@@ -28,6 +28,18 @@ FAILS = [*_UNDER_WAY, _DONE | {"outcome": "failed", "problems": ["the file's dig
 ENTRY: dict[str, Any] = {"source_url": "builtin:tiny", "digest": None, "tags": []}
 
 
+def fetch(state: str, received_bytes: int, error: str | None = None) -> dict[str, Any]:
+    total = None if state == "queued" else 4 << 30
+    return {"state": state, "received_bytes": received_bytes, "total_bytes": total, "error": error}
+
+
+_COMING = [fetch("queued", 0), *(fetch("running", count << 30) for count in (1, 1, 2))]
+FETCHES = {
+    "hf:a/b/c.gguf": [*_COMING, fetch("done", 4 << 30)],
+    "hf:a/b/wrong.gguf": [*_COMING, fetch("failed", 4 << 30, "what was \x1bfetched is another file")],
+}
+
+
 def a_model(model_id: str, **fields: Any) -> dict[str, Any]:
     return {
         "id": model_id,
@@ -45,6 +57,7 @@ def a_model(model_id: str, **fields: Any) -> dict[str, Any]:
         "size_bytes": 4 << 30,
         "verification": UNVERIFIED,
         "gguf": {"architecture": "lla\x1bma", "context_length": 2048, "quantisation": "Q4_K_M", "vram_bytes": 5 << 30},
+        "fetch": None,
         "created_at": "2026-01-01T12:00:00.000Z",
         **fields,
     }
@@ -56,6 +69,7 @@ class SmallCatalog:
     def __init__(self) -> None:
         self.models = {"story": a_model("story")}
         self._stories: dict[str, list[dict[str, Any]]] = {}
+        self._fetches: dict[str, list[dict[str, Any]]] = {}
         self.endless = False  # a verification stays where it is
 
     def answer(self, method: str, path: list[str], body: Any) -> tuple[int, Any]:
@@ -74,6 +88,9 @@ class SmallCatalog:
             case "POST", [id, "verify"]:
                 self._stories[id] = list(PASSES if id == "story" else FAILS)
                 return 202, self._seen(self.models[id])["verification"]
+            case "POST", [id, "fetch"]:
+                self._fetches[id] = list(FETCHES[self.models[id]["source_url"]])
+                return 202, self._seen(self.models[id])["fetch"]
             case "POST", [id, "state"]:
                 self.models[id] |= {"state": body["state"]}
                 return 202, self.models[id]
@@ -83,4 +100,6 @@ class SmallCatalog:
         """A verification goes on from one look to the next."""
         if story := self._stories.get(model["id"]):
             model |= {"verification": story[1] if self.endless else story.pop(0)}
+        if fetches := self._fetches.get(model["id"]):
+            model |= {"fetch": fetches.pop(0)}
         return model

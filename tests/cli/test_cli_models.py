@@ -140,3 +140,23 @@ def test_ctrl_c_leaves_the_verification_alone(start: Start, service: ContractSer
     _, rest = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "models show story" in line + rest
+
+
+@pytest.mark.parametrize(("source", "code"), [("hf:a/b/c.gguf", 0), ("hf:a/b/wrong.gguf", 1)])
+def test_a_fetch_is_waited_for(remote: Invoke, service: ContractService, source: str, code: int) -> None:
+    """Each news once on stderr; the exit code says how it ended."""
+    remote("models", "add", "far", source)
+    result = remote("models", "fetch", "far", "--json")
+    assert result.exit_code == code
+    assert json.loads(result.stdout)["fetch"]["state"] == ("failed" if code else "done")
+    assert result.stderr.count("25% of 4.0 GiB") == 1
+    assert "[###############...............]  50%" in result.stderr
+    assert ("error: what was fetched is another file" in result.stderr) == bool(code)
+    assert "\x1b" not in result.stderr
+
+
+def test_a_fetch_need_not_be_waited_for(remote: Invoke, service: ContractService) -> None:
+    remote("models", "add", "far", "hf:a/b/c.gguf")
+    result = remote("models", "fetch", "far", "--no-wait")
+    assert result.exit_code == 0
+    assert [seen.method for seen in service.seen[1:]] == ["POST", "GET"]

@@ -866,7 +866,7 @@ def model(**fields: object) -> dict[str, object]:
     """A model of the catalog as it was entered."""
     said = {"id": "story", "digest": None, "source_url": MODEL, "tags": [], "manifests": [], "signatures": []}
     kept = {"sbom": None, "trust_policy": POLICY, "state": "Active", "size_bytes": match.int(1_185_376)}
-    return {**said, **kept, "verification": UNVERIFIED, "gguf": GGUF, "created_at": timestamp, **fields}
+    return {**said, **kept, "verification": UNVERIFIED, "gguf": GGUF, "fetch": None, "created_at": timestamp, **fields}
 
 
 def test_a_model_is_entered(exchange: Exchange) -> None:

@@ -6,10 +6,12 @@ from http import HTTPStatus
 
 from llama_orch.api.answer import Answer
 from llama_orch.api.service import Service
+from llama_orch.api.sse import EventStream
 from llama_orch.contract.models import (
     CatalogModel,
     CatalogModelList,
     CatalogModelRequest,
+    ModelFetch,
     ModelStateRequest,
     ModelVerification,
 )
@@ -33,6 +35,12 @@ class Catalog:
 
     async def verify_catalog_model(self, *, id: str) -> ModelVerification:
         return await self._service.catalog.verify(id)
+
+    async def fetch_catalog_model(self, *, id: str) -> ModelFetch:
+        return await self._service.catalog.fetch(id)
+
+    async def stream_catalog_model_fetch(self, *, id: str) -> EventStream:
+        return EventStream(lambda after: self._service.catalog.open_fetch(id))
 
     async def set_catalog_model_state(self, *, id: str, body: ModelStateRequest) -> CatalogModel:
         return await self._service.catalog.put_in_state(id, body)

@@ -13,6 +13,7 @@ from llama_orch.contract.models import (
     CatalogModelRequest,
     FetchRequest,
     FetchResult,
+    ModelFetch,
     ModelStateRequest,
     ModelVerification,
     PolicyDecision,
@@ -53,6 +54,12 @@ class CatalogOperations(Protocol):
         """Begin a verification, unless one is under way."""
 
     async def put_in_state(self, model_id: str, request: ModelStateRequest) -> CatalogModel: ...
+
+    async def fetch(self, model_id: str) -> ModelFetch:
+        """Begin to fetch its file, unless that is under way or done."""
+
+    def open_fetch(self, model_id: str) -> Reader:
+        """A reader of the fetch's progress, from its present state on."""
 
 
 class Service(Protocol):

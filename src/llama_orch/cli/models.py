@@ -7,6 +7,7 @@ looking on.
 from __future__ import annotations
 
 import os
+import sys
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -19,6 +20,8 @@ from llama_orch.cli.output import DONE, FAILED, UsageError, command, note, print
 from llama_orch.contract.models import (
     CatalogModel,
     CatalogModelRequest,
+    FetchState,
+    ModelFetch,
     ModelState,
     ModelStateRequest,
     VerificationOutcome,
@@ -33,6 +36,7 @@ ModelId = Annotated[str, typer.Argument(metavar="ID", help="The model's id in th
 _COLUMNS = ("model", "state", "verification", "size", "vram", "architecture", "quantisation", "source", "tags")
 _OVER = (VerificationState.DONE, VerificationState.UNVERIFIED)
 _FILE_BYTES_MAX = 1 << 20
+_BAR_CELLS = 30
 
 
 @app.command("ls")
@@ -88,7 +92,10 @@ def _print(model: CatalogModel, as_json: bool) -> None:
 def add(
     model_id: Annotated[str, typer.Argument(metavar="ID", help="How tasks and pools will name it.")],
     source_url: Annotated[
-        str, typer.Argument(metavar="SOURCE", help="`builtin:tiny`, or `file:` and a path, as the server sees it.")
+        str,
+        typer.Argument(
+            metavar="SOURCE", help="`builtin:tiny`, `file:` and a path, `hf:org/repo/file.gguf`, or `https:…`."
+        ),
     ],
     digest: Annotated[str | None, typer.Option(metavar="sha256:…", help="What the file must be.")] = None,
     tag: Annotated[list[str] | None, typer.Option(metavar="TAG", help="May be given more than once.")] = None,
@@ -178,6 +185,69 @@ def _tell(model: CatalogModel) -> None:
         note(f"error: {problem}")
     for warning in model.verification.warnings:
         note(f"warning: {warning}")
+
+
+@app.command()
+@command
+def fetch(
+    model_id: ModelId,
+    wait: Annotated[bool, typer.Option("--wait/--no-wait", help="Wait until the file is there.")] = True,
+    as_json: Json = False,
+) -> int:
+    """Fetch a model's file from where its source says. The exit code is 1 where that failed."""
+    with connected(os.environ) as client:
+        client.fetch_model(model_id)
+        model = _fetched(client, model_id) if wait else client.model(model_id)
+    _print(model, as_json)
+    return FAILED if wait and model.fetch is not None and model.fetch.state is not FetchState.DONE else DONE
+
+
+def _fetched(client: Client, model_id: str) -> CatalogModel:
+    """The model once nothing comes any more. Progress is a bar at a terminal, else lines on stderr."""
+    try:
+        with _Bar() as bar:
+            for model in chain([client.model(model_id)], client.watch_model(model_id)):
+                if model.fetch is None or model.fetch.state not in (FetchState.QUEUED, FetchState.RUNNING):
+                    break
+                bar.show(model.fetch)
+    except KeyboardInterrupt:
+        note(f"interrupted: the fetch goes on; llama-orch models show {model_id} has its outcome")
+        raise
+    if model.fetch is not None and model.fetch.error is not None:
+        note(f"error: {model.fetch.error}")
+    return model
+
+
+class _Bar:
+    """How much has come. Only at a terminal is a line written over."""
+
+    def __init__(self) -> None:
+        self._is_terminal = sys.stderr.isatty()
+        self._said = ""
+
+    def __enter__(self) -> _Bar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._is_terminal and self._said:
+            sys.stderr.write("\n")
+
+    def show(self, fetch: ModelFetch) -> None:
+        if fetch.state is FetchState.QUEUED or not fetch.total_bytes:
+            news = f"fetch {fetch.state}: {size(fetch.received_bytes)}"
+        else:
+            share = fetch.received_bytes / fetch.total_bytes
+            done = round(share * _BAR_CELLS)
+            bar = "#" * done + "." * (_BAR_CELLS - done)
+            news = f"fetching [{bar}] {share:4.0%} of {size(fetch.total_bytes)}"
+        if news == self._said:
+            return
+        self._said = news
+        if self._is_terminal:
+            sys.stderr.write(f"\r\x1b[K{news}")
+            sys.stderr.flush()
+        else:
+            note(news)
 
 
 @app.command()

@@ -23,6 +23,7 @@ from llama_orch.contract.models import (
     CatalogModelRequest,
     FetchRequest,
     FetchResult,
+    ModelFetch,
     ModelState,
     ModelVerification,
     PolicyDecision,
@@ -158,6 +159,10 @@ class AsyncClient:
     async def verify_model(self, model_id: str) -> ModelVerification:
         """Begin a verification. Its outcome is on the model once its state is `done`."""
         return await self._call(calls.verify_model(model_id))
+
+    async def fetch_model(self, model_id: str) -> ModelFetch:
+        """Begin to fetch a model's file. `fetch` of the model says how far it is."""
+        return await self._call(calls.fetch_model(model_id))
 
     async def put_model_in_state(
         self, model_id: str, state: ModelState, *, deadline_ms: int | None = None

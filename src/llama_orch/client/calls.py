@@ -19,6 +19,7 @@ from llama_orch.contract.models import (
     DrainRequest,
     FetchRequest,
     FetchResult,
+    ModelFetch,
     ModelState,
     ModelStateRequest,
     ModelVerification,
@@ -133,6 +134,11 @@ def delete_model(model_id: str) -> Call[None]:
 def verify_model(model_id: str) -> Call[ModelVerification]:
     """Repeatable: one that is under way is looked on at."""
     return Call("POST", f"{_model_path(model_id)}/verify", ModelVerification)
+
+
+def fetch_model(model_id: str) -> Call[ModelFetch]:
+    """Repeatable: one that is under way, or done, is left as it is."""
+    return Call("POST", f"{_model_path(model_id)}/fetch", ModelFetch)
 
 
 def put_model_in_state(model_id: str, state: ModelState, deadline_ms: int | None) -> Call[CatalogModel]:

@@ -23,6 +23,7 @@ from llama_orch.contract.models import (
     CatalogModelRequest,
     FetchRequest,
     FetchResult,
+    ModelFetch,
     ModelState,
     ModelVerification,
     PolicyDecision,
@@ -157,6 +158,10 @@ class Client:
     def verify_model(self, model_id: str) -> ModelVerification:
         """Begin a verification. Its outcome is on the model once its state is `done`."""
         return self._call(calls.verify_model(model_id))
+
+    def fetch_model(self, model_id: str) -> ModelFetch:
+        """Begin to fetch a model's file. `fetch` of the model says how far it is."""
+        return self._call(calls.fetch_model(model_id))
 
     def put_model_in_state(self, model_id: str, state: ModelState, *, deadline_ms: int | None = None) -> CatalogModel:
         """Retire a model, or make it active again. `deadline_ms`: how long tasks of a retired one may still take."""

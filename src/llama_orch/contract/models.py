@@ -493,7 +493,7 @@ class CatalogModelRequest(Struct, kw_only=True, frozen=True, forbid_unknown_fiel
     """A model for the catalog, and what is declared of it."""
 
     id: Annotated[str, Meta(pattern='^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$(?!\\n)')]  # How tasks and pools name it.
-    source_url: Annotated[str, Meta(min_length=1, max_length=1024)]  # Where its file is: `builtin:tiny`, or `file:` and the path of a file below one of `catalog.file_roots`.
+    source_url: Annotated[str, Meta(min_length=1, max_length=1024)]  # Where its file is, or comes from: `builtin:tiny`, `file:` and the path of a file below one of `catalog.file_roots`, `hf:org/repo/file.gguf`, or an `https:` URL.
     digest: Annotated[str, Meta(pattern='^sha256:[0-9a-f]{64}$(?!\\n)')] | None = None  # What the file must be.
     tags: Annotated[list[Annotated[str, Meta(min_length=1, max_length=128)]], Meta(max_length=64)] = field(default_factory=lambda: [])
     manifests: Annotated[list[ModelManifest], Meta(max_length=16)] = field(default_factory=lambda: [])
@@ -555,6 +555,25 @@ class GgufInfo(Struct, kw_only=True, frozen=True):
     vram_bytes: Annotated[int, Meta(ge=0, le=9223372036854775807)] | None  # What a replica would take of a card, with the slots of `on_demand` and a context of at most 8192 tokens; null where it cannot be told.
 
 
+class FetchState(StrEnum):
+    """none: nobody has asked; queued: others are before it; running: bytes come, or the whole file is being hashed; done: the file is there; failed: see `error`."""
+
+    NONE = 'none'
+    QUEUED = 'queued'
+    RUNNING = 'running'
+    DONE = 'done'
+    FAILED = 'failed'
+
+
+class ModelFetch(Struct, kw_only=True, frozen=True):
+    """How far the fetch of the file is; null where the source is a file of this machine."""
+
+    state: FetchState
+    received_bytes: Annotated[int, Meta(ge=0, le=9223372036854775807)]  # Of the file, those of earlier attempts included.
+    total_bytes: Annotated[int, Meta(ge=0, le=9223372036854775807)] | None  # Null until the other side has said it.
+    error: str | None  # Why it failed, and what to do.
+
+
 class CatalogModel(Struct, kw_only=True, frozen=True):
     """A model of the catalog."""
 
@@ -570,6 +589,7 @@ class CatalogModel(Struct, kw_only=True, frozen=True):
     size_bytes: Annotated[int, Meta(ge=0, le=9223372036854775807)] | None  # Null where there is no file.
     verification: ModelVerification
     gguf: GgufInfo | None
+    fetch: ModelFetch | None
     created_at: str
 
 
@@ -578,6 +598,14 @@ class CatalogModelList(Struct, kw_only=True, frozen=True):
 
     items: list[CatalogModel]
     next_cursor: str | None
+
+
+class FetchEvent(Struct, kw_only=True, frozen=True):
+    """One event of the stream of a fetch."""
+
+    id: Annotated[str, Meta(pattern='^[0-9]+$(?!\\n)')]
+    event: Literal['progress']
+    data: str  # A ModelFetch as JSON.
 
 
 class ModelStateRequest(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):

@@ -115,6 +115,20 @@ OPERATIONS: dict[str, Operation] = {
         ),
         (202, 400, 401, 403, 404, 507), is_open=False,
     ),
+    'streamCatalogModelFetch': Operation(
+        'streamCatalogModelFetch', 'control', 'GET', '/v1/catalog/models/{id}/fetch', None,
+        (
+            Parameter('id', 'path', Annotated[str, Meta(min_length=1, max_length=64)], True, None),
+        ),
+        (200, 400, 401, 403, 404), is_open=False,
+    ),
+    'fetchCatalogModel': Operation(
+        'fetchCatalogModel', 'control', 'POST', '/v1/catalog/models/{id}/fetch', None,
+        (
+            Parameter('id', 'path', Annotated[str, Meta(min_length=1, max_length=64)], True, None),
+        ),
+        (202, 400, 401, 403, 404, 507), is_open=False,
+    ),
     'setCatalogModelState': Operation(
         'setCatalogModelState', 'control', 'POST', '/v1/catalog/models/{id}/state', ModelStateRequest,
         (
@@ -198,6 +212,7 @@ ALLOW: dict[str, str] = {
     '/v1/policy/outbound/check': 'POST',
     '/v1/catalog/models/{id}': 'DELETE, GET, HEAD',
     '/v1/catalog/models/{id}/verify': 'POST',
+    '/v1/catalog/models/{id}/fetch': 'GET, HEAD, POST',
     '/v1/catalog/models/{id}/state': 'POST',
     '/v1/tasks/{id}': 'GET, HEAD',
     '/v1/sessions/{id}': 'DELETE, GET, HEAD',
@@ -226,6 +241,8 @@ class Handlers(Protocol):
     async def get_catalog_model(self, *, id: Annotated[str, Meta(min_length=1, max_length=64)]) -> Any: ...  # GET /v1/catalog/models/{id}
     async def delete_catalog_model(self, *, id: Annotated[str, Meta(min_length=1, max_length=64)]) -> Any: ...  # DELETE /v1/catalog/models/{id}
     async def verify_catalog_model(self, *, id: Annotated[str, Meta(min_length=1, max_length=64)]) -> Any: ...  # POST /v1/catalog/models/{id}/verify
+    async def stream_catalog_model_fetch(self, *, id: Annotated[str, Meta(min_length=1, max_length=64)]) -> Any: ...  # GET /v1/catalog/models/{id}/fetch
+    async def fetch_catalog_model(self, *, id: Annotated[str, Meta(min_length=1, max_length=64)]) -> Any: ...  # POST /v1/catalog/models/{id}/fetch
     async def set_catalog_model_state(self, *, body: ModelStateRequest, id: Annotated[str, Meta(min_length=1, max_length=64)]) -> Any: ...  # POST /v1/catalog/models/{id}/state
     async def get_task(self, *, id: Uuid) -> Any: ...  # GET /v1/tasks/{id}
     async def get_session(self, *, id: Uuid) -> Any: ...  # GET /v1/sessions/{id}

@@ -42,6 +42,13 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True):
     sight: Sight | None = None
     finding: Finding | None = None
     is_due: bool = False
+    file: str | None = None  # what was fetched: its name in the service's folder of models
+    is_fetch_due: bool = False  # a fetch was asked for and has not come to its end
+
+    @property
+    def is_fetched(self) -> bool:
+        """Whether its file comes from elsewhere."""
+        return self.source.startswith(("hf:", "https:"))
 
     @property
     def id(self) -> str:

@@ -19,6 +19,8 @@ def resolve(reference: str) -> Path:
         if rest not in BUILTIN:
             raise ModelNotFound(f"there is no {reference!r}; built in: {', '.join(BUILTIN)}")
         return BUILTIN[rest]
+    if kind in ("hf", "https"):
+        raise ModelNotFound(f"{reference!r} has to be fetched first: enter it into the catalog and fetch it from there")
     if kind != "file":
         raise ModelNotFound(f"{reference!r} is not served by this version; use builtin:tiny or file:PATH")
     try:

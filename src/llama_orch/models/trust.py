@@ -30,7 +30,7 @@ def judge(declared: CatalogModelRequest, finding: Finding, policy: TrustPolicySe
     """What a verification's finding means by this policy."""
     if finding.error is not None:
         return Judgement([finding.error])
-    judgement = Judgement(_contradictions(declared, finding))
+    judgement = Judgement(contradictions(declared, finding))
     for gap, is_required in _gaps(declared, policy):
         is_problem = is_required and is_strict(declared, policy)
         (judgement.problems if is_problem else judgement.warnings).append(gap)
@@ -52,7 +52,7 @@ def needs_verification(entry: Entry, policy: TrustPolicySettings) -> bool:
     return entry.finding is None and (has_claims(entry.declared) or is_strict(entry.declared, policy))
 
 
-def _contradictions(declared: CatalogModelRequest, finding: Finding) -> list[str]:
+def contradictions(declared: CatalogModelRequest, finding: Finding) -> list[str]:
     claims = [("the declared digest", declared.digest)]
     claims += [("a manifest", manifest.digest) for manifest in declared.manifests]
     claims += [(f"the signature of {signature.signer}", signature.digest) for signature in declared.signatures]

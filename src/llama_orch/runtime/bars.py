@@ -16,6 +16,7 @@ from llama_orch.core import refusals
 from llama_orch.core.bar import WAIT_MS, Bar, BarKind
 from llama_orch.core.pool import Pool
 from llama_orch.core.scheduler import Scheduler
+from llama_orch.errors import NotFound
 from llama_orch.models import trust
 from llama_orch.models.catalog import Entry
 from llama_orch.models.digest import file_key
@@ -46,6 +47,8 @@ class Bars:
         entry = self._catalog.book.find(reference)
         if entry is None:
             return
+        if entry.is_fetched and entry.file is None:
+            raise NotFound(f"the file of model {entry.id!r} was not fetched yet; `llama-orch models fetch {entry.id}`")
         entry = self._fresh(entry)
         if trust.needs_verification(entry, self._catalog.policy) and not entry.is_retired:
             entry = await self._catalog.verified(entry, PATIENCE_S)

@@ -25,6 +25,8 @@ from llama_orch.models.references import FileRoots, ModelNotFound
 from llama_orch.models.trust import Judgement
 from llama_orch.observe.catalog import CatalogJournal
 from llama_orch.runtime.decoding import Spawn
+from llama_orch.runtime.download import url_of
+from llama_orch.runtime.fetches import Fetches
 from llama_orch.runtime.hashing import Examine
 
 log = logging.getLogger("llama_orch.catalog")
@@ -102,6 +104,7 @@ class Catalog:
         self._wall = wall
         self._journal = journal
         self._is_known = is_known
+        self.fetches: Fetches | None = None  # where there is a place for files from elsewhere
         self._turn = asyncio.Lock()
         self._queue: deque[str] = deque()  # of those that wait for their verification
         self._hashers = 0
@@ -119,11 +122,15 @@ class Catalog:
             await self._look_again(entry)
             if entry.is_due:
                 self._start(entry)
+            if entry.is_fetch_due:
+                self._start_fetch(entry)
 
     async def _look_again(self, entry: Entry) -> None:
         """Where its file is now, and whether it is still the one that was verified."""
+        if entry.is_fetched and entry.file is None:
+            return
         try:
-            _, path = await self._glance(entry.source)
+            _, path = await self._glance(self._where(entry))
             self.book.put_path(entry, path)
             is_stale = entry.finding is not None and entry.finding.key != file_key(path)
         except (ModelNotFound, OSError) as error:
@@ -157,17 +164,30 @@ class Catalog:
             if len(self.book) >= ENTRIES_MAX:
                 raise Conflict(f"the catalog holds {ENTRIES_MAX} models, which is the limit; delete some")
             self._check_source(request)
-            try:
-                sight, path = await self._glance(request.source_url)
-            except ModelNotFound as error:
-                raise InvalidParams(f"`source_url`: {error}") from error
-            entry = Entry(number=self.book.next_number(), declared=request, created_s=self._wall(), sight=sight)
+            entry = Entry(number=self.book.next_number(), declared=request, created_s=self._wall())
+            path: Path | None = None
+            if entry.is_fetched:
+                url_of(entry.source, {})
+            else:
+                entry, path = await self._sighted(entry)
             await self._records.put(entry)
             self.book.put(entry)
             self.book.put_path(entry, path)
         self._journal.entered(entry)
         self._changed()
         return entry, True
+
+    async def _sighted(self, entry: Entry) -> tuple[Entry, Path]:
+        try:
+            sight, path = await self._glance(entry.source)
+        except ModelNotFound as error:
+            raise InvalidParams(f"`source_url`: {error}") from error
+        return structs.replace(entry, sight=sight), path
+
+    def _where(self, entry: Entry) -> str:
+        """The file's own reference."""
+        is_here = entry.file is not None and self.fetches is not None
+        return f"file:{self.fetches.folder / entry.file}" if is_here else entry.source  # type: ignore[union-attr, operator]
 
     def _check_source(self, request: CatalogModelRequest) -> None:
         if not self.may_be_named(request.source_url):
@@ -201,6 +221,8 @@ class Catalog:
                 raise Conflict(f"model {model_id!r} is served: {hindrance}")
             await self._records.remove(model_id)
             self.book.remove(entry)
+            if self.fetches is not None and entry.is_fetched:
+                self.fetches.stop(entry)
         self._journal.removed(entry)
         self._changed()
 
@@ -217,6 +239,52 @@ class Catalog:
         await self._records.put(changed)
         self.book.put(changed)
         return changed
+
+    # -- files from elsewhere ----------------------------------------------------------------------------------------
+
+    async def fetch(self, model_id: str) -> Entry:
+        """Begin a fetch, or look on at the one that is under way. Nothing where the file is there. Raises
+        PolicyDenied."""
+        entry = await self.get(model_id)
+        if not entry.is_fetched or entry.file is not None:
+            return entry
+        if self.fetches is None:
+            raise PolicyDenied("this service keeps no files from elsewhere")
+        await self.fetches.check(entry)
+        async with self._turn:
+            entry = await self.get(model_id)
+            if entry.file is None:
+                entry = await self._changed_to(entry, is_fetch_due=True)
+                self._start_fetch(entry)
+        return entry
+
+    def _start_fetch(self, entry: Entry) -> None:
+        if self.fetches is not None and self._spawn is not None:
+            self.fetches.start(entry, self._spawn)
+
+    async def fetched(self, entry: Entry, file: str, finding: Finding) -> None:
+        """The whole file is there under its final name, and is what was declared as far as that goes."""
+        async with self._turn:
+            now = self.book.get(entry.id)
+            if now is None or now.number != entry.number:
+                return
+            entry = await self._changed_to(now, file=file, finding=finding, is_fetch_due=False)
+            sight, path = await self._glance(self._where(entry))
+            self.book.put_path(entry, path)
+            entry = await self._changed_to(entry, sight=sight)
+        self._journal.verified(entry, trust.judge(entry.declared, finding, self.policy))
+        self._changed()
+
+    async def fetch_failed(self, entry: Entry) -> None:
+        """It is not tried again before somebody asks."""
+        async with self._turn:
+            now = self.book.get(entry.id)
+            if now is not None and now.number == entry.number:
+                self.book.put(structs.replace(now, is_fetch_due=False))
+                try:
+                    await self._records.put(structs.replace(now, is_fetch_due=False))
+                except LlorchError as error:
+                    log.warning("that the fetch of model %s failed could not be kept: %s", entry.id, error)
 
     # -- verification ------------------------------------------------------------------------------------------------
 
@@ -302,7 +370,7 @@ class Catalog:
         if not self.may_be_named(entry.source):  # a link leads elsewhere now, or the roots are others
             return Finding(at_s=self._wall(), error="its file is below none of `catalog.file_roots`"), None
         try:
-            sight, path = await self._glance(entry.source)
+            sight, path = await self._glance(self._where(entry))
         except ModelNotFound as error:
             return Finding(at_s=self._wall(), error=str(error)), None
         self.book.put_path(entry, path)

@@ -9,14 +9,17 @@ from llama_orch.contract.models import (
     CatalogModel,
     CatalogModelList,
     CatalogModelRequest,
+    FetchState,
+    ModelFetch,
     ModelStateRequest,
     ModelVerification,
     TrustPolicy,
     VerificationOutcome,
     VerificationState,
 )
-from llama_orch.errors import InvalidParams
+from llama_orch.errors import InvalidParams, NotFound
 from llama_orch.models.catalog import Entry
+from llama_orch.runtime.fetches import FetchReader
 
 if TYPE_CHECKING:
     from llama_orch.runtime.orchestrator import Orchestrator
@@ -48,6 +51,22 @@ class CatalogService:
     async def verify(self, model_id: str) -> ModelVerification:
         return self._verification(await self._catalog.verify(model_id))
 
+    async def fetch(self, model_id: str) -> ModelFetch:
+        return self._fetch(await self._catalog.fetch(model_id))
+
+    def open_fetch(self, model_id: str) -> FetchReader:
+        entry, fetches = self._catalog.book.get(model_id), self._catalog.fetches
+        if entry is None:
+            raise NotFound(f"the catalog has no model {model_id!r}")
+        under_way = None if fetches is None else fetches.of(entry)
+        return FetchReader(lambda: self._fetch(self._catalog.book.get(model_id) or entry), under_way)
+
+    def _fetch(self, entry: Entry) -> ModelFetch:
+        if self._catalog.fetches is not None:
+            return self._catalog.fetches.view(entry)
+        state = FetchState.NONE if entry.is_fetched else FetchState.DONE
+        return ModelFetch(state=state, received_bytes=0, total_bytes=None, error=None)
+
     async def put_in_state(self, model_id: str, request: ModelStateRequest) -> CatalogModel:
         return self._view(await self._orchestrator.put_model_in_state(model_id, request.state, request.deadline_ms))
 
@@ -71,6 +90,7 @@ class CatalogService:
             size_bytes=None if sight is None else sight.size_bytes,
             verification=self._verification(entry),
             gguf=None if sight is None else sight.gguf,
+            fetch=self._fetch(entry) if entry.is_fetched else None,
             created_at=timestamp(entry.created_s),
         )
 

@@ -63,15 +63,19 @@ class FileLibrary:
 class CatalogLibrary:
     """The catalog's names before those of the library underneath."""
 
-    def __init__(self, book: CatalogBook, beneath: Library) -> None:
+    def __init__(self, book: CatalogBook, beneath: Library, fetched: Path | None = None) -> None:
         self._book = book
         self._beneath = beneath
+        self._fetched = fetched  # the folder of files that came from elsewhere
 
     def is_open(self, reference: str) -> bool:
         return self._beneath.is_open(self._book.source_of(reference))
 
     def look(self, reference: str) -> Model:
         source = self._book.source_of(reference)
+        entry = self._book.find(reference)
+        if entry is not None and entry.source == source and entry.file is not None and self._fetched is not None:
+            return replace(self._beneath.look(f"file:{self._fetched / entry.file}"), reference=reference)
         if source == reference and (":" not in reference or reference.startswith("sha256:")):
             raise ModelNotFound(f"the catalog has no model {reference!r}; `llama-orch models` lists those that it has")
         return replace(self._beneath.look(source), reference=reference)

@@ -83,9 +83,9 @@ class Shelf:
         return built.pool
 
     def _may_be_named(self, reference: str) -> bool:
-        source = self._catalog.book.source_of(reference)
-        if source != reference:  # somebody has entered it
-            return self._catalog.may_be_named(source)
+        entry = self._catalog.book.find(reference)
+        if entry is not None:
+            return self._catalog.may_be_named(entry.source)
         kind, _, rest = reference.partition(":")
         return self._catalog.roots.admit(Path(rest)) if kind == "file" else self._builder.library.is_open(reference)
 

@@ -19,6 +19,7 @@ from llama_orch.outbound.door import Outbound
 from llama_orch.outbound.plugins import Plugins
 from llama_orch.policy.rules import Rules
 from llama_orch.runtime.catalog import Catalog, Glance, Records, Unkept
+from llama_orch.runtime.fetches import Fetches
 from llama_orch.runtime.fetching import Fetching
 from llama_orch.runtime.hashing import Examine, examine_with
 from llama_orch.runtime.library import CatalogLibrary, Model
@@ -39,6 +40,7 @@ class Keeping:
     glance: Glance
     examine: Examine
     is_known: bool
+    fetched: Path | None = None  # the folder of files from elsewhere; None: none are kept
 
 
 def wire(
@@ -81,6 +83,8 @@ def wire(
         CatalogJournal(metrics),
         is_known=keeping.is_known,
     )
+    if keeping.fetched is not None:
+        catalog.fetches = Fetches(keeping.fetched, outbound, keeping.examine, catalog, clock.wall)
     orchestrator = Orchestrator(
         scheduler, replicas, plan.builder, look or look_here, Journal(metrics), clock, settings, catalog
     )

@@ -71,6 +71,8 @@ MUST_SEE = {
         *(f"getCatalogModel {status}" for status in (200, 400, 401, 404)),
         *(f"deleteCatalogModel {status}" for status in (204, 400, 401, 404)),
         *(f"verifyCatalogModel {status}" for status in (202, 400, 401, 404)),
+        *(f"fetchCatalogModel {status}" for status in (202, 400, 401, 404)),
+        *(f"streamCatalogModelFetch {status}" for status in (200, 400, 401, 404)),
         *(f"setCatalogModelState {status}" for status in (202, 400, 401, 404, 415)),
         *("drainPool 405", "reloadPool 405", "reloadPool 409"),
         *(f"{operation} {status}" for operation in ("getCapabilities", "getMetrics") for status in (200, 401)),
