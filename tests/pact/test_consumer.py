@@ -975,6 +975,15 @@ def test_a_retired_model_takes_no_new_tasks(exchange: Exchange) -> None:
         assert refusal(client).error.code is ErrorCode.MODEL_DEPRECATED
 
 
+def test_a_model_whose_file_is_here_need_not_be_fetched(exchange: Exchange) -> None:
+    """202, and it is done."""
+    exchange.given("a model in the catalog", model_id="story")
+    exchange.asks("POST", "/v1/catalog/models/story/fetch")
+    exchange.gets(202, {"state": "done", "received_bytes": match.int(0), "total_bytes": None, "error": None})
+    with exchange.client() as client:
+        assert client.fetch_model("story").state is FetchState.DONE
+
+
 def test_a_model_that_a_pool_serves_cannot_be_deleted(exchange: Exchange) -> None:
     """409."""
     exchange.given("a model in the catalog", model_id="story")

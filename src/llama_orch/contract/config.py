@@ -61,7 +61,7 @@ class PoolSettings(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True
 
     id: Annotated[str, Meta(pattern='^[A-Za-z0-9._-]{1,64}$(?!\\n)')] = 'default'
     engine: Annotated[str, Meta(min_length=1, max_length=64)] = 'llamacpp'
-    model: Annotated[str, Meta(min_length=1, max_length=1024)] = 'builtin:tiny'  # `builtin:tiny`, or `file:` and the path of a GGUF file.
+    model: Annotated[str, Meta(min_length=1, max_length=1024)] = 'builtin:tiny'  # `builtin:tiny`, `file:` and the path of a GGUF file, or the id or digest of a model of the catalog.
     devices: Literal['auto'] | Annotated[list[Annotated[str, Meta(min_length=1)]], Meta(min_length=1)] = 'auto'  # `auto`, or the ids of the devices that the pool may use, one replica on each.
     replicas: Literal['auto'] | Annotated[int, Meta(ge=1, le=64)] = 'auto'  # `auto`: one on each device that can hold it, with as many slots as fit, up to `slots`; or a count, spread over the devices.
     slots: Annotated[int, Meta(ge=1, le=64)] = 4  # Sequences per replica.
@@ -121,17 +121,17 @@ class TasksSettings(Struct, kw_only=True, frozen=True, forbid_unknown_fields=Tru
 class TrustPolicySettings(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
     """What a model must show before it is served."""
 
-    mode: Literal['permissive', 'strict'] = 'permissive'
-    allowed_registries: list[str] = field(default_factory=lambda: [])
-    require_signature: bool = False
-    require_sbom: bool = False
+    mode: Literal['permissive', 'strict'] = 'permissive'  # permissive: what is declared has to be true, what is missing is a warning. strict: only models of the catalog with a declared digest, and what is required below has to be there.
+    allowed_registries: list[str] = field(default_factory=lambda: [])  # Hosts that models may come from, such as `huggingface.co` or `huggingface.co/my-org`. Empty: all.
+    require_signature: bool = False  # By a strict policy.
+    require_sbom: bool = False  # By a strict policy.
 
 
 class CatalogSettings(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
     """Trust in models."""
 
     trust_policy: TrustPolicySettings = field(default_factory=TrustPolicySettings)  # What a model must show before it is served.
-    file_roots: list[str] = field(default_factory=lambda: [])  # Folders whose files a task, or a reload, may name as `file:/…`.
+    file_roots: list[str] = field(default_factory=lambda: [])  # Folders whose files a task, a reload or the catalog may name as `file:/…`.
 
 
 class OutboundSettings(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
