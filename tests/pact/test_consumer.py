@@ -17,6 +17,7 @@ from llama_orch.contract.models import (
     EndFrame,
     Error,
     ErrorCode,
+    FetchState,
     FetchRequest,
     FinishReason,
     MetricsFrame,
@@ -979,7 +980,7 @@ def test_a_model_whose_file_is_here_need_not_be_fetched(exchange: Exchange) -> N
     """202, and it is done."""
     exchange.given("a model in the catalog", model_id="story")
     exchange.asks("POST", "/v1/catalog/models/story/fetch")
-    exchange.gets(202, {"state": "done", "received_bytes": match.int(0), "total_bytes": None, "error": None})
+    exchange.gets(202, {"state": "done", "received_bytes": match.int(7), "total_bytes": match.int(7), "error": None})
     with exchange.client() as client:
         assert client.fetch_model("story").state is FetchState.DONE
 

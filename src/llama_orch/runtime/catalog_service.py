@@ -9,7 +9,6 @@ from llama_orch.contract.models import (
     CatalogModel,
     CatalogModelList,
     CatalogModelRequest,
-    FetchState,
     ModelFetch,
     ModelStateRequest,
     ModelVerification,
@@ -19,7 +18,7 @@ from llama_orch.contract.models import (
 )
 from llama_orch.errors import InvalidParams, NotFound
 from llama_orch.models.catalog import Entry
-from llama_orch.runtime.fetches import FetchReader
+from llama_orch.runtime.fetches import FetchReader, at_rest
 
 if TYPE_CHECKING:
     from llama_orch.runtime.orchestrator import Orchestrator
@@ -62,10 +61,7 @@ class CatalogService:
         return FetchReader(lambda: self._fetch(self._catalog.book.get(model_id) or entry), under_way)
 
     def _fetch(self, entry: Entry) -> ModelFetch:
-        if self._catalog.fetches is not None:
-            return self._catalog.fetches.view(entry)
-        state = FetchState.NONE if entry.is_fetched else FetchState.DONE
-        return ModelFetch(state=state, received_bytes=0, total_bytes=None, error=None)
+        return at_rest(entry) if self._catalog.fetches is None else self._catalog.fetches.view(entry)
 
     async def put_in_state(self, model_id: str, request: ModelStateRequest) -> CatalogModel:
         return self._view(await self._orchestrator.put_model_in_state(model_id, request.state, request.deadline_ms))

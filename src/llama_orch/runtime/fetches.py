@@ -77,6 +77,14 @@ class Fetch:
         )
 
 
+def at_rest(entry: Entry) -> ModelFetch:
+    """Of a model of which nothing is under way."""
+    size = None if entry.sight is None else entry.sight.size_bytes
+    is_there = not entry.is_fetched or entry.file is not None
+    state = FetchState.DONE if is_there else FetchState.NONE
+    return ModelFetch(state=state, received_bytes=size or 0, total_bytes=size, error=None)
+
+
 class Fetches:
     """`folder` holds what was fetched; partial files are in `partial` below it."""
 
@@ -105,10 +113,7 @@ class Fetches:
         """A file of this machine is there."""
         if (fetch := self._by_model.get(entry.id)) is not None:
             return fetch.view()
-        size = None if entry.sight is None else entry.sight.size_bytes
-        is_there = not entry.is_fetched or entry.file is not None
-        state = FetchState.DONE if is_there else FetchState.NONE
-        return ModelFetch(state=state, received_bytes=size or 0, total_bytes=size, error=None)
+        return at_rest(entry)
 
     async def check(self, entry: Entry) -> None:
         """Refuse what can be refused at once. Raises PolicyDenied."""
