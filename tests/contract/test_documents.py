@@ -234,6 +234,7 @@ def run_one_of_each(client: httpx.Client, service: LiveService) -> None:
     assert client.post("/v1/catalog/models", json={"id": "m", "source_url": "builtin:tiny"}).status_code == 201
     assert client.post("/v1/catalog/models/m/verify").status_code == 202
     until(lambda: client.get("/v1/catalog/models/m").json()["verification"]["state"] == "done")
+    assert client.post("/v1/policy/outbound/check", json={"url": "http://127.0.0.1/"}).status_code == 200
     workers = children(service.pid)
     several = [submit(client, prompt="Once upon a time", max_tokens=2000) for _ in range(6)]  # one of them runs
     for worker in workers:
