@@ -258,7 +258,7 @@ class Scheduler:
         pool = self.fleet.owner(replica)
         self.predictor.learn_load(pool, replica, now)
         replica.mark_ready(slots, now)
-        pool.model_digest = model_digest
+        pool.model_digest = replica.model_digest = model_digest
         self.rollouts.came(replica)
         self.fleet.condemn_if_lost(replica)
         self._dispatcher.dispatch(pool, now)

@@ -21,7 +21,10 @@ _TENSOR_TYPES = frozenset(
     {"F32", "F16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"}
 )
 
-_DETERMINISM = "strict: the same bytes for the same seed; it runs one sequence at a time"
+_DETERMINISM = (
+    "strict: the same bytes for the same request on the same replica, whatever else waits or runs (on a CPU: on every "
+    "replica of the same build); cost: the prompt is evaluated from the first token; there is one slot in any case"
+)
 
 
 def is_installed() -> bool:

@@ -27,8 +27,10 @@ _REQUIRED = ("context_length", "embedding_length", "block_count")  # of every ar
 _VERSION = re.compile(r"version: (?:\S+ \(build )?(\d+)(?: \(|, commit )(\w+)\)")
 
 _DETERMINISM = (
-    "strict: the same bytes for the same seed while the task has its replica to itself, with the prompt evaluated from "
-    "its first token; beside other running sequences about 1 stream in 32 differs on a CPU"
+    "strict: the same bytes for the same request on the same replica, whatever else waits or runs (on a CPU: on every "
+    "replica of the same build); cost: the task has all slots of its replica, and its prompt is evaluated from the "
+    "first token. best_effort shares the replica: beside others about 1 stream in 32 differs on a CPU, and with long "
+    "prompts more"
 )
 
 

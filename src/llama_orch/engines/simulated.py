@@ -85,7 +85,7 @@ class SimulatedEngine:
             name="simulated",
             version=_VERSION,
             workloads=("completion",),
-            determinism="strict: the same text for the same seed and prompt, always",
+            determinism="strict: the same bytes for the same seed and prompt, always; cost: none",
             strict_needs_exclusive=self._strict_needs_exclusive,
             features=("chat", "kv_reuse", "min_p"),
         )

@@ -26,7 +26,7 @@ from llama_orch.contract.models import (
     PoolHealth,
     Priority,
 )
-from llama_orch.core import queue, scheduler
+from llama_orch.core import queue, replica, scheduler
 from llama_orch.errors import AdmissionReject, Conflict, LlorchError, NotFound, Unauthorized
 from llama_orch.observe import metrics
 from llama_orch.runtime import jobs, orchestrator, service, streams, views
@@ -422,6 +422,14 @@ def seed_not_honoured() -> None:
     """The engine gets a seed of its own each time."""
     original = jobs._job
     jobs._job = lambda *given: dataclasses.replace(original(*given), seed=random.randrange(2**32))
+
+
+@defect(Tests("tests/determinism/test_determinism.py", "test_the_same_under_load[llamacpp]"))
+def strict_shares_its_replica() -> None:
+    """A strict task holds one slot, and others decode beside it."""
+    can_take, take = replica.Replica.can_take, replica.Replica.take
+    replica.Replica.can_take = lambda self, exclusive: can_take(self, exclusive=False)
+    replica.Replica.take = lambda self, task_id, exclusive, slot=None: take(self, task_id, exclusive=False, slot=slot)
 
 
 @defect(Tests("tests/runtime/test_orchestrator.py", "test_the_life_of_a_task"))
