@@ -6,6 +6,7 @@ for it (`serve.py`, `plugin.py`).
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import random
 import re
@@ -27,6 +28,7 @@ from llama_orch.contract.models import (
     Priority,
 )
 from llama_orch.core import queue, replica, scheduler
+from llama_orch.engines import http_worker
 from llama_orch.errors import AdmissionReject, Conflict, LlorchError, NotFound, Unauthorized
 from llama_orch.observe import metrics
 from llama_orch.runtime import jobs, orchestrator, service, streams, views
@@ -415,6 +417,20 @@ def a_second_reload_is_taken() -> None:
 def cancel_does_nothing() -> None:
     """A cancel is answered with 204 and the task goes on."""
     orchestrator.Orchestrator.cancel = lambda self, task_id: None
+
+
+@defect(Tests("tests/live/test_cancel.py", "test_by_cancel_while_it_decodes[llamacpp]"))
+def slot_freed_late() -> None:
+    """After a cancel the engine's slot is held for 400 ms longer."""
+    original = http_worker.HttpWorker._cancel
+
+    async def cancel(self: http_worker.HttpWorker, *given: Any) -> None:
+        await original(self, *given)
+        pause = asyncio.get_running_loop().create_future()
+        asyncio.get_running_loop().call_later(0.4, pause.set_result, None)
+        await pause
+
+    http_worker.HttpWorker._cancel = cancel
 
 
 @defect(Tests("tests/live/test_life.py", "test_the_same_seed_gives_the_same_bytes_whatever_else_runs"))
