@@ -190,7 +190,8 @@ class Scheduler:
         if task.state is TaskState.RUNNING and task.started_s is not None and task.lease is not None:
             task.tokens_in, task.tokens_out, task.outcome = outcome.tokens_in, outcome.tokens_out, outcome
             replica = self.replicas[task.lease.replica_id]
-            self.predictor.learn(task.pool, replica, now - task.started_s, outcome)
+            expected_tokens = task.request.expected_tokens
+            self.predictor.learn(task.pool, replica, now - task.started_s, outcome, expected_tokens)
             self._dispatcher.remember(task, replica)
             self._end(task, TaskEvent.FINISH, now, None)
         self._release(task, now)
