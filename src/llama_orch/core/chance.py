@@ -19,6 +19,7 @@ SCENARIOS = 128  # a power of two: an odd multiplier makes a permutation of them
 SCENARIOS_MIN = 8  # in front of a long queue
 STEPS_MAX = 1536  # tasks times scenarios, above which there are fewer of them; about 8 ms
 PACE_MIN = 0.2
+HELD_SHARE = 0.5  # as core.dispatch: of its time on the slow card, for which a task waits for the fast one
 _MASK = SCENARIOS - 1
 
 
@@ -125,12 +126,14 @@ def chances(lanes: Sequence[Sequence[Slot]], waiting: Sequence[Waiter]) -> list[
     sums = [0.0] * len(waiting)
     draws = [Draw.of(one.number) for one in waiting]
     rests_s = _rests_s(waiting, len(lanes))
+    means_s = [max(s.work.mean_s if isinstance(s, Holder) else s for s in lane) for lane in lanes]
     scenarios = range(0, SCENARIOS, _stride(len(waiting)))
     for scenario in scenarios:
         free = [[s.free_in_s(scenario) if isinstance(s, Holder) else s for s in lane] for lane in lanes]
+        expected_s = means_s.copy()
         earliest = 0.0
         for place, one in enumerate(waiting):
-            lane, start = _first(free, one, rests_s[place])
+            lane, start = _first(free, one, rests_s[place], expected_s)
             start = max(earliest, start)
             work, left_s, draw = one.works[lane], one.left_s, draws[place]
             if left_s is not None and start >= left_s:
@@ -142,6 +145,7 @@ def chances(lanes: Sequence[Sequence[Slot]], waiting: Sequence[Waiter]) -> list[
                 sums[place] += work.chance(left_s - start, scenario, draw)
                 end = min(end, left_s)
             _occupy(free[lane], end, one.is_exclusive)
+            expected_s[lane] = max(free[lane])
     return [1.0 if one.left_s is None else total / len(scenarios) for one, total in zip(waiting, sums, strict=True)]
 
 
@@ -162,16 +166,19 @@ def _rests_s(waiting: Sequence[Waiter], lanes: int) -> list[list[float]]:
     return rests_s[::-1]
 
 
-def _first(free: Sequence[Sequence[float]], one: Waiter, rest_s: Sequence[float]) -> tuple[int, float]:
-    """The lane where a task starts, and when: the first that gets free, unless a faster one is done with the task and
-    all behind it sooner (as `placement.hold_back` has it)."""
+def _first(
+    free: Sequence[Sequence[float]], one: Waiter, rest_s: Sequence[float], expected_s: Sequence[float]
+) -> tuple[int, float]:
+    """The lane where a task starts, and when: the first that gets free, unless a faster one is expected to be done with
+    the task and all behind it sooner. For that it waits, for as long as placement lets it, and perhaps in vain."""
     starts = [max(slots) for slots in free] if one.is_exclusive else [min(slots) for slots in free]
     start = min(starts)
     lane = starts.index(start)
     own_s = one.works[lane].mean_s
     for other, other_start in enumerate(starts):
-        if one.works[other].mean_s < own_s and own_s > other_start - start + rest_s[other]:
-            return other, other_start
+        if one.works[other].mean_s < own_s and own_s > expected_s[other] - start + rest_s[other]:
+            given_up = start + HELD_SHARE * own_s
+            return (other, other_start) if other_start <= given_up else (lane, given_up)
     return lane, start
 
 
