@@ -53,6 +53,7 @@ MUST_SEE = {
         *(f"{operation} {status}" for operation in ("getTask", "streamTask") for status in (200, 400, 401, 404)),
         *(f"cancelTask {status}" for status in (204, 400, 401, 404)),
         *(f"frame {name}" for name in ("started", "token", "metrics", "end", "error")),
+        *(f"result {name}" for name in ("embeddings", "scores")),
     ],
     "control": [
         "hostile correlation-ID",
