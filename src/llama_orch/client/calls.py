@@ -18,6 +18,7 @@ from llama_orch.contract.models import (
     PoolHealth,
     PoolList,
     ReloadRequest,
+    SessionInfo,
     TaskList,
     TaskRequest,
     TaskState,
@@ -85,6 +86,17 @@ def stream(task_id: str, last_event_id: str) -> Call[None]:
     """`last_event_id`: of the last frame that the caller has, empty for none."""
     headers = {"Accept": "text/event-stream"} | ({"Last-Event-ID": last_event_id} if last_event_id else {})
     return Call("GET", f"{task_path(task_id)}/stream", None, headers=headers)
+
+
+# -- sessions --------------------------------------------------------------------------------------------------------
+
+
+def session(session_id: str) -> Call[SessionInfo]:
+    return Call("GET", f"/v1/sessions/{quote(session_id, safe='')}", SessionInfo)
+
+
+def delete_session(session_id: str) -> Call[None]:
+    return Call("DELETE", f"/v1/sessions/{quote(session_id, safe='')}", None)
 
 
 # -- pools and the installation --------------------------------------------------------------------------------------
