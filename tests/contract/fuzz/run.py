@@ -36,7 +36,9 @@ MODEL = "builtin:tiny"
 TASK_ID = "3f2b8c1e-9d5a-4c57-8a43-0c7d5b1f2e90"
 SESSION_ID = "7a1d0f3c-5b2e-4f6a-8c9d-1e2f3a4b5c6d"
 CHANGING = "changing"
+EMBEDDED_ID, RANKED_ID = "3f2b8c1e-9d5a-4c57-8a43-0c7d5b1f2e91", "3f2b8c1e-9d5a-4c57-8a43-0c7d5b1f2e92"
 IDS = {
+    "/v1/tasks/{id}/stream": [TASK_ID, "ffffffff-ffff-4fff-bfff-ffffffffffff", EMBEDDED_ID, RANKED_ID],
     "/v1/tasks/": [TASK_ID, "ffffffff-ffff-4fff-bfff-ffffffffffff"],
     "/v1/sessions/": [SESSION_ID, "ffffffff-ffff-4fff-bfff-ffffffffffff"],
     "/v1/pools/{id}/drain": [CHANGING, "nowhere"],
@@ -57,6 +59,7 @@ MUST_SEE = {
         *(f"getSession {status}" for status in (200, 400, 401, 404)),
         *(f"deleteSession {status}" for status in (204, 400, 401)),
         *(f"frame {name}" for name in ("started", "token", "metrics", "end", "error")),
+        *(f"result {name}" for name in ("embeddings", "scores")),
     ],
     "control": [
         "hostile correlation-ID",
@@ -107,7 +110,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="llorch-fuzz-") as folder:
         files = files_in(Path(folder))
         with live_service(configuration(files)) as service:
-            submit_and_wait(service)
+            submit_and_wait(service, files)
             problems = [
                 problem
                 for name in MUST_SEE
@@ -180,9 +183,10 @@ def fuzz(
     yield from (f"{name}: the run never saw: {key}" for key in must_see if not seen[key])
 
 
-def submit_and_wait(service: LiveService) -> None:
-    """A task that exists throughout. That its stream has ended says that the pool is ready."""
-    body = {
+def submit_and_wait(service: LiveService, files: Files) -> None:
+    """Tasks that exist throughout, one of each workload. That their streams have ended says that their pools are
+    ready."""
+    story = {
         "task_id": TASK_ID,
         "model_ref": MODEL,
         "prompt": "Once",
@@ -190,10 +194,14 @@ def submit_and_wait(service: LiveService) -> None:
         "seed": 7,
         "session_id": SESSION_ID,
     }
+    reads = {"model_ref": files.models[1], "inputs": ["a fox", "a red fox", "a dog"]}
+    embedding = {"task_id": EMBEDDED_ID, "workload": "embedding", **reads}
+    ranking = {"task_id": RANKED_ID, "workload": "rerank", **reads}
     headers = service.headers | {"Content-Type": "application/json"}
-    request = urllib.request.Request(f"{service.url}/v1/tasks", json.dumps(body).encode(), headers)
-    urllib.request.urlopen(request, timeout=60).close()
-    assert "event: end" in read(service, f"/v1/tasks/{TASK_ID}/stream")
+    for body in (story, embedding, ranking):
+        request = urllib.request.Request(f"{service.url}/v1/tasks", json.dumps(body).encode(), headers)
+        urllib.request.urlopen(request, timeout=60).close()
+        assert "event: end" in read(service, f"/v1/tasks/{body['task_id']}/stream")
 
 
 def left_in_service(service: LiveService, files: Files) -> Iterator[str]:
