@@ -66,8 +66,6 @@ def check_request(request: TaskRequest, spec: PoolSpec, sampler_profiles: Iterab
         raise InvalidParams(
             f"give exactly one of `prompt`, `inputs` and `messages`; given: {', '.join(given) or 'none'}"
         )
-    if request.keep_transcript:
-        raise InvalidParams("this service keeps no transcripts; leave `keep_transcript` out")
     if request.ctx is not None and request.ctx > spec.ctx:
         raise InvalidParams(
             f"`ctx` is {request.ctx} tokens, but pool {spec.pool_id} has {spec.ctx}; ask for at most {spec.ctx}",
