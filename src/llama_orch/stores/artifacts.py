@@ -68,6 +68,7 @@ class ArtifactStore:
         self, database: Database, folder: Path, wall: Callable[[], float], secrets: Collection[str] = ()
     ) -> None:
         self.database = database
+        self.folder = folder
         self._blobs = Blobs(folder)
         self._wall = wall
         self._secrets = [json.dumps(secret, ensure_ascii=False)[1:-1].encode() for secret in secrets if secret]
