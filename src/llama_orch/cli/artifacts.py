@@ -22,7 +22,7 @@ app = typer.Typer(help="Store, read, list and delete artifacts.", no_args_is_hel
 ArtifactId = Annotated[str, typer.Argument(metavar="ID", help="The artifact's id.")]
 Kind = Annotated[ArtifactKind | None, typer.Option(help="Only of this kind.")]
 Tag = Annotated[str | None, typer.Option(help="Only with this tag.")]
-_COLUMNS = ("artifact", "kind", "bytes", "created", "tags", "parent")
+_COLUMNS = ("artifact", "kind", "bytes", "created", "tags")  # a parent would take the place of all else
 _PAGE = 200
 
 
@@ -111,7 +111,7 @@ def ls(
 
 
 def _row(ref: ArtifactRef) -> tuple[object, ...]:
-    return (ref.id, ref.kind, ref.size_bytes, _when(ref.created_ms), ref.tags, ref.parent)
+    return (ref.id, ref.kind, ref.size_bytes, _when(ref.created_ms), ref.tags)
 
 
 def _when(created_ms: int) -> str:
@@ -141,7 +141,7 @@ def tree(artifact_id: ArtifactId, as_json: Json = False) -> None:
         nodes = list(_below(client, ref))
     if as_json:
         return print_json([msgspec.structs.asdict(ref) | {"depth": depth} for depth, ref in nodes])
-    print_table(_COLUMNS[:-1], [("  " * depth + ref.id, *_row(ref)[1:-1]) for depth, ref in nodes])
+    print_table(_COLUMNS, [("  " * depth + ref.id, *_row(ref)[1:]) for depth, ref in nodes])
 
 
 def _below(client: Client, root: ArtifactRef) -> Iterator[tuple[int, ArtifactRef]]:

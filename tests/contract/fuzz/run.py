@@ -10,6 +10,7 @@ The exit code is 0 when no request found a defect and the run was as deep as it 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import random
@@ -35,7 +36,10 @@ PHASES = "examples,coverage,fuzzing,stateful"
 MODEL = "builtin:tiny"
 TASK_ID = "3f2b8c1e-9d5a-4c57-8a43-0c7d5b1f2e90"
 CHANGING = "changing"
+ARTIFACT_CONTENT = {"fuzz": "an artifact that exists throughout"}
+ARTIFACT_ID = hashlib.sha256(json.dumps(ARTIFACT_CONTENT, separators=(",", ":")).encode()).hexdigest()
 IDS = {
+    "/v1/artifacts/": [ARTIFACT_ID, "ff" * 32],
     "/v1/tasks/": [TASK_ID, "ffffffff-ffff-4fff-bfff-ffffffffffff"],
     "/v1/pools/{id}/drain": [CHANGING, "nowhere"],
     "/v1/pools/{id}/reload": [CHANGING, "nowhere"],
@@ -60,6 +64,10 @@ MUST_SEE = {
         *(f"{operation} {status}" for operation in ("getPool", "getPoolHealth") for status in (200, 400, 401, 404)),
         *(f"{operation} {status}" for operation in ("drainPool", "reloadPool") for status in (202, 400, 401, 404, 415)),
         *("drainPool 405", "reloadPool 405", "reloadPool 409"),
+        *(f"createArtifact {status}" for status in (200, 201, 400, 401, 404, 405, 415)),
+        *(f"listArtifacts {status}" for status in (200, 400, 401)),
+        *(f"getArtifact {status}" for status in (200, 401, 404)),
+        *(f"deleteArtifact {status}" for status in (204, 401, 404)),
         *(f"{operation} {status}" for operation in ("getCapabilities", "getMetrics") for status in (200, 401)),
         *(f"getHealthz {status}" for status in (200, 405)),
     ],
@@ -104,6 +112,7 @@ def main() -> int:
         files = files_in(Path(folder))
         with live_service(configuration(files)) as service:
             submit_and_wait(service)
+            store_artifact(service)
             problems = [
                 problem
                 for name in MUST_SEE
@@ -160,6 +169,7 @@ def fuzz(
         "FUZZ_MODELS": json.dumps(files.models),
         "FUZZ_RELOADS": json.dumps(files.reloads),
         "FUZZ_IDS": json.dumps(IDS),
+        "FUZZ_ARTIFACT": json.dumps(ARTIFACT_CONTENT),
         "LLORCH_API_TOKEN": service.token,
         "PYTHONPATH": os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")]),
         "HYPOTHESIS_STORAGE_DIRECTORY": str(folder / "hypothesis"),
@@ -182,6 +192,13 @@ def submit_and_wait(service: LiveService) -> None:
     request = urllib.request.Request(f"{service.url}/v1/tasks", json.dumps(body).encode(), headers)
     urllib.request.urlopen(request, timeout=60).close()
     assert "event: end" in read(service, f"/v1/tasks/{TASK_ID}/stream")
+
+
+def store_artifact(service: LiveService) -> None:
+    """One that is there to be read; who deletes it has it stored anew (see hooks.py)."""
+    body = json.dumps({"kind": "other", "content": ARTIFACT_CONTENT}).encode()
+    headers = service.headers | {"Content-Type": "application/json"}
+    urllib.request.urlopen(urllib.request.Request(f"{service.url}/v1/artifacts", body, headers), timeout=60).close()
 
 
 def left_in_service(service: LiveService, files: Files) -> Iterator[str]:
