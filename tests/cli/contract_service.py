@@ -39,6 +39,16 @@ METRICS = {
     "time_budget_remaining_ms": None,
     "cost_budget_remaining": None,
 }
+SESSION_ID = "7a1d0f3c-5b2e-4f6a-8c9d-1e2f3a4b5c6d"
+SESSION = {
+    "ttl_ms_remaining": 598200,
+    "turns": 2,
+    "kv_bytes": 1343488,
+    "kv_warmth": True,
+    "tokens_budget_remaining": 12000,
+    "time_budget_remaining_ms": None,
+    "cost_budget_remaining": 0.5,
+}
 CAPABILITIES = {
     "api_version": "2.3.0",
     "engines": [
@@ -196,6 +206,7 @@ class ContractService:
     def __init__(self, token: str = "t" * 22) -> None:
         self.token = token
         self.tasks: dict[str, Task] = {}
+        self.sessions = {SESSION_ID: dict(SESSION)}
         self.healths: dict[str, list[dict[str, Any] | None]] = {pool: [HEALTH] for pool in DRAINS}
         self.refusals: list[Refusal] = []
         self.seen: list[Seen] = []
@@ -247,6 +258,9 @@ class _Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         self._handle("POST")
 
+    def do_DELETE(self) -> None:
+        self._handle("DELETE")
+
     def _handle(self, method: str) -> None:
         content = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         body = json.loads(content) if content else None
@@ -292,6 +306,12 @@ class _Handler(BaseHTTPRequestHandler):
                 self._begin(id, DRAINS[id])
             case "POST", ["pools", id, "reload"]:
                 self._begin(id, RELOADS[body["new_model_ref"]], is_exclusive=True)
+            case "GET", ["sessions", id]:
+                self._json(200, self.service.sessions[id])
+            case "DELETE", ["sessions", id]:
+                self.service.sessions.pop(id, None)
+                self.send_response(204)
+                self.end_headers()
             case "GET", ["capabilities"]:
                 self._json(200, CAPABILITIES)
             case _:

@@ -187,6 +187,6 @@ def test_serve_refuses_a_weak_token_on_a_public_address(llama_orch: Invoke, star
 def test_help_names_every_command(llama_orch: Invoke) -> None:
     """The help lists the commands and the exit codes."""
     result = llama_orch("--help")
-    commands = ("serve", "run", "tasks", "pools", "capabilities", "token", "config")
+    commands = ("serve", "run", "tasks", "sessions", "pools", "capabilities", "token", "config")
     assert [word for word in (*commands, "75", "130") if word not in result.stdout] == []
     assert "lifeline" not in llama_orch("serve", "--help").stdout

@@ -97,6 +97,7 @@ def tokens_go_on(client: httpx.Client, task_id: str) -> None:
     until(has_gone_on)
 
 
+@pytest.mark.attack(17)
 @pytest.mark.spec("HP-PLC-7", "HP-DIS-1", "HP-ERR-4")
 def test_a_card_is_lost_while_tasks_run_on_both(client: httpx.Client, shared_machine: FakeMachine) -> None:
     """Its task ends with WORKER_RESET and the other one goes on; capabilities tell the problem; newcomers are served

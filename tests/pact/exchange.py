@@ -117,7 +117,7 @@ BACKOFF_HEADERS = {
 
 def backoff(code: str, **fields: object) -> dict[str, object]:
     waits = {"engine": match.str("llamacpp"), "retriable": True, "retry_after_ms": match.int(1200)}
-    return error(code, **waits, **fields)
+    return error(code, **waits | fields)
 
 
 # -- streams ---------------------------------------------------------------------------------------------------------

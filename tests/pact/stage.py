@@ -52,6 +52,8 @@ class Installation:
     full_policy: Literal["reject", "drop-lru"] = "reject"
     load_s: float = 0.0
     load_error: str | None = None
+    budget_tokens: int | None = None  # of a session
+    max_turns: int = 8
 
     @property
     def settings(self) -> Settings:
@@ -60,7 +62,9 @@ class Installation:
         pool = {"engine": self.engine, "slots": 1, "ctx": self.ctx, "queue": queue}
         simulated = {"id": "gpu0", "backend": "simulated", "vram_bytes": 24 * GIB}
         device = simulated if self.engine == "simulated" else {"id": "cpu", "backend": "cpu"}
-        return msgspec.convert({"devices": [device], "pools": [pool]}, Settings)
+        budgets = {"mode": "off" if self.budget_tokens is None else "enforce", "tokens": self.budget_tokens}
+        sessions = {"max_turns": self.max_turns, "budgets": budgets}
+        return msgspec.convert({"devices": [device], "pools": [pool], "sessions": sessions}, Settings)
 
     def build_engine(self) -> SimulatedEngine | LlamaCppEngine:
         if self.engine == "llamacpp":

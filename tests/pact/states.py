@@ -38,6 +38,13 @@ def an_idle_pool_on_llamacpp(stage: Stage, ctx: int = 2048) -> None:
 
 
 @state
+def a_session(stage: Stage, session_id: str, budget_tokens: int | None = None, max_turns: int = 8) -> None:
+    """A task of it has ended. `budget_tokens`: what its tasks may use together, enforced; `max_turns`: how many."""
+    stage.raise_service(Installation(budget_tokens=budget_tokens, max_turns=max_turns))
+    stage.wait_for_the_end(stage.submit(session_id=session_id))
+
+
+@state
 def a_busy_pool(stage: Stage) -> None:
     """A task that does not end holds the pool's slot. Nothing was measured before it."""
     an_idle_pool(stage)

@@ -52,6 +52,7 @@ from tests.pact.exchange import (
 pytestmark = pytest.mark.spec("HP-ALN-2")
 
 TASK_ID = "3f2b8c1e-9d5a-4c57-8a43-0c7d5b1f2e90"
+SESSION_ID = "7a1d0f3c-5b2e-4f6a-8c9d-1e2f3a4b5c6d"
 SECOND_ID = "8d0e7a52-41c6-4b0f-b3d9-6f1a2c7e5b84"
 MODEL = "builtin:tiny"
 TASK = TaskRequest(task_id=TASK_ID, model_ref=MODEL, prompt="Once upon a time", max_tokens=8, seed=7)
@@ -246,6 +247,89 @@ def test_a_deadline_that_cannot_be_met_is_refused(exchange: Exchange) -> None:
     exchange.gets(429, backoff("DEADLINE_UNMET", policy_label="deadline"), headers=BACKOFF_HEADERS)
     with exchange.client() as client:
         assert refusal(client, hurried).error.code is ErrorCode.DEADLINE_UNMET
+
+
+def test_a_session_has_its_turns(exchange: Exchange) -> None:
+    """409 to the task behind the last one."""
+    told = msgspec.structs.replace(TASK, session_id=SESSION_ID)
+    exchange.given("a session", session_id=SESSION_ID, max_turns=1)
+    exchange.asks("POST", "/v1/tasks", body=told)
+    exchange.gets(409, error("SESSION_EXPIRED"))
+    with exchange.client() as client:
+        assert refusal(client, told).error.code is ErrorCode.SESSION_EXPIRED
+
+
+def test_a_session_has_its_budget(exchange: Exchange) -> None:
+    """429 before it is queued, with what is left in a header, and no word of a repeat."""
+    told = msgspec.structs.replace(TASK, session_id=SESSION_ID, max_tokens=1000)
+    left = {"X-Budget-Tokens-Remaining": match.regex("87", regex=r"\d+")}
+    exchange.given("a session", session_id=SESSION_ID, budget_tokens=100)
+    exchange.asks("POST", "/v1/tasks", body=told)
+    exchange.gets(
+        429, backoff("BUDGET_EXHAUSTED", policy_label="budget", retriable=False), headers={**BACKOFF_HEADERS, **left}
+    )
+    with exchange.client() as client:
+        assert refusal(client, told).error.policy_label == "budget"
+    assert exchange.waits == []
+
+
+def test_a_task_is_told_what_its_session_has_left(exchange: Exchange) -> None:
+    """In a header of the admission."""
+    told = msgspec.structs.replace(TASK, session_id=SESSION_ID)
+    exchange.given("a session", session_id=SESSION_ID, budget_tokens=1000)
+    exchange.asks("POST", "/v1/tasks", body=told)
+    exchange.gets(202, admission(), headers={"X-Budget-Tokens-Remaining": match.regex("974", regex=r"\d+")})
+    with exchange.client() as client:
+        assert client.submit(told).task_id == TASK_ID
+
+
+def test_a_session_is_read(exchange: Exchange) -> None:
+    """How long it lasts, and what its tasks may still use."""
+    exchange.given("a session", session_id=SESSION_ID, budget_tokens=1000)
+    exchange.asks("GET", f"/v1/sessions/{SESSION_ID}")
+    exchange.gets(
+        200,
+        {
+            "ttl_ms_remaining": match.int(598200),
+            "turns": match.int(1),
+            "kv_bytes": match.int(0),
+            "kv_warmth": match.bool(True),
+            "tokens_budget_remaining": match.int(987),
+            "time_budget_remaining_ms": None,
+            "cost_budget_remaining": None,
+        },
+    )
+    with exchange.client() as client:
+        session = client.session(SESSION_ID)
+    assert (session.turns, session.kv_warmth, session.time_budget_remaining_ms) == (1, True, None)
+
+
+def test_an_unknown_session_is_not_found(exchange: Exchange) -> None:
+    """404: no task has named it, or it has ended."""
+    exchange.given("an idle pool")
+    exchange.asks("GET", f"/v1/sessions/{SESSION_ID}")
+    exchange.gets(404, error("NOT_FOUND"))
+    with exchange.client() as client, pytest.raises(ApiError) as caught:
+        client.session(SESSION_ID)
+    assert caught.value.status == 404
+
+
+def test_a_session_is_ended(exchange: Exchange) -> None:
+    """204 without a body."""
+    exchange.given("a session", session_id=SESSION_ID)
+    exchange.asks("DELETE", f"/v1/sessions/{SESSION_ID}")
+    exchange.gets(204)
+    with exchange.client() as client:
+        client.delete_session(SESSION_ID)
+
+
+def test_a_session_that_is_not_there_is_ended(exchange: Exchange) -> None:
+    """204 as well."""
+    exchange.given("an idle pool")
+    exchange.asks("DELETE", f"/v1/sessions/{SESSION_ID}")
+    exchange.gets(204)
+    with exchange.client() as client:
+        client.delete_session(SESSION_ID)
 
 
 def test_a_long_prompt_cannot_wait_for_a_pool_that_loads(exchange: Exchange) -> None:

@@ -25,6 +25,7 @@ from llama_orch.contract.models import (
     Pool,
     PoolHealth,
     PoolList,
+    SessionInfo,
     StoredArtifact,
     TaskList,
     TaskRequest,
@@ -154,6 +155,13 @@ class AsyncClient:
         await self._call(calls.delete_artifact(artifact_id))
 
     # -- pools and the installation ----------------------------------------------------------------------------------
+
+    async def session(self, session_id: str) -> SessionInfo:
+        return await self._call(calls.session(session_id))
+
+    async def delete_session(self, session_id: str) -> None:
+        """End the session; nothing where there is none."""
+        await self._call(calls.delete_session(session_id))
 
     async def pools(self, *, limit: int | None = None, cursor: str | None = None) -> PoolList:
         return await self._call(calls.pools(limit, cursor))

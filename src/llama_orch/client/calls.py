@@ -22,6 +22,7 @@ from llama_orch.contract.models import (
     PoolHealth,
     PoolList,
     ReloadRequest,
+    SessionInfo,
     StoredArtifact,
     TaskList,
     TaskRequest,
@@ -114,6 +115,17 @@ def list_artifacts(
 def delete_artifact(artifact_id: str) -> Call[None]:
     """Not repeatable: where the connection broke it may be gone, and the repeat would not find it."""
     return Call("DELETE", _artifact_path(artifact_id), None, is_repeatable=False)
+
+
+# -- sessions --------------------------------------------------------------------------------------------------------
+
+
+def session(session_id: str) -> Call[SessionInfo]:
+    return Call("GET", f"/v1/sessions/{quote(session_id, safe='')}", SessionInfo)
+
+
+def delete_session(session_id: str) -> Call[None]:
+    return Call("DELETE", f"/v1/sessions/{quote(session_id, safe='')}", None)
 
 
 # -- pools and the installation --------------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ from llama_orch.contract.models import (
     Pool,
     PoolHealth,
     PoolList,
+    SessionInfo,
     StoredArtifact,
     TaskList,
     TaskRequest,
@@ -153,6 +154,13 @@ class Client:
         self._call(calls.delete_artifact(artifact_id))
 
     # -- pools and the installation ----------------------------------------------------------------------------------
+
+    def session(self, session_id: str) -> SessionInfo:
+        return self._call(calls.session(session_id))
+
+    def delete_session(self, session_id: str) -> None:
+        """End the session; nothing where there is none."""
+        self._call(calls.delete_session(session_id))
 
     def pools(self, *, limit: int | None = None, cursor: str | None = None) -> PoolList:
         return self._call(calls.pools(limit, cursor))

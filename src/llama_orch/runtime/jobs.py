@@ -16,6 +16,7 @@ from llama_orch.runtime.streams import TaskStream
 
 # Task.inputs run one after the other; each but the first gets a seed of its own, so that equal inputs may differ.
 _SEED_MAX = 2**63 - 1
+WARM_TOKENS_MIN = 16  # taken over, or half of a shorter prompt: then a run counts as warm
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,13 +86,18 @@ def _job(task: Task, prompt: str, number: int, given: Assignment) -> Job:
     )
 
 
+def _is_warm(done: Completion) -> bool:
+    """Any two prompts share a token or two at their beginning: that is not a session's context."""
+    return done.tokens_cached >= max(1, min(WARM_TOKENS_MIN, done.tokens_in // 2))
+
+
 def _outcome(done: list[Completion]) -> Outcome:
     return Outcome(
         tokens_in=sum(one.tokens_in for one in done),
         tokens_out=sum(one.tokens_out for one in done),
         decode_ms=round(sum(one.decode_ms for one in done)),
         finish_reason=FinishReason(done[-1].finish_reason),
-        is_kv_warm=any(one.tokens_cached > 0 for one in done),
+        is_kv_warm=any(_is_warm(one) for one in done),
         prefill_ms=sum(one.prefill_ms for one in done),
         tokens_cached=sum(one.tokens_cached for one in done),
     )

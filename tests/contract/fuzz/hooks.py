@@ -149,7 +149,10 @@ def before_call(context: HookContext, case: Case, kwargs: dict[str, Any]) -> Non
     elif case.operation.label in ACTS_ON_POOLS:
         if number % 4 == 0 and case.meta.phase.name.value != "stateful":
             case.path_parameters = case.path_parameters | {"id": known_and_unknown(case)[1]}
-    elif "id" in case.path_parameters and case.meta.phase.name.value != "stateful":
+    elif "id" in case.path_parameters and (
+        case.meta.phase.name.value != "stateful"
+        or case.path_parameters["id"] in (None, "None")  # a task without session
+    ):
         known, unknown = known_and_unknown(case)
         case.path_parameters = case.path_parameters | {"id": known if number % 4 else unknown}
 
@@ -172,8 +175,8 @@ def lead_to_its_pool(case: Case) -> None:
 
 
 def admissible(body: dict[str, Any], number: int) -> dict[str, Any]:
-    """The same task with a short answer and an id of its own, but now and then with the id of the first task, and now
-    and then for a pool with a short queue."""
+    """The same task with a short answer and an id of its own, but now and then with the id of the first task, now and
+    then of the session that is read, or for a pool with a short queue."""
     body = dict(body)
     if body.get("task_id"):
         body["task_id"] = f"00000000-0000-4000-8000-{number:012x}" if number % 11 else IDS["/v1/tasks/"][0]
@@ -183,6 +186,8 @@ def admissible(body: dict[str, Any], number: int) -> dict[str, Any]:
         body["inputs"] = body["inputs"][:MAX_INPUTS]
     if isinstance(body.get("messages"), list) and body["messages"]:  # llama.cpp takes no two answers at the end
         body["messages"] = [*body["messages"][:-1], body["messages"][-1] | {"role": "user"}]
+    if number % 7 == 0:  # begins it anew where it was deleted
+        body["session_id"] = IDS["/v1/sessions/"][0]
     body["model_ref"] = MODELS[0] if number % 5 else MODELS[1 + number // 5 % (len(MODELS) - 1)]
     if body["model_ref"] != MODELS[0]:
         body.pop("engine", None)

@@ -35,12 +35,14 @@ DOCUMENTS = ROOT / "src" / "llama_orch" / "contract" / "documents"
 PHASES = "examples,coverage,fuzzing,stateful"
 MODEL = "builtin:tiny"
 TASK_ID = "3f2b8c1e-9d5a-4c57-8a43-0c7d5b1f2e90"
+SESSION_ID = "7a1d0f3c-5b2e-4f6a-8c9d-1e2f3a4b5c6d"
 CHANGING = "changing"
 ARTIFACT_CONTENT = {"fuzz": "an artifact that exists throughout"}
 ARTIFACT_ID = hashlib.sha256(json.dumps(ARTIFACT_CONTENT, separators=(",", ":")).encode()).hexdigest()
 IDS = {
     "/v1/artifacts/": [ARTIFACT_ID, "ff" * 32],
     "/v1/tasks/": [TASK_ID, "ffffffff-ffff-4fff-bfff-ffffffffffff"],
+    "/v1/sessions/": [SESSION_ID, "ffffffff-ffff-4fff-bfff-ffffffffffff"],
     "/v1/pools/{id}/drain": [CHANGING, "nowhere"],
     "/v1/pools/{id}/reload": [CHANGING, "nowhere"],
     "/v1/pools/": ["default", "nowhere"],
@@ -56,6 +58,8 @@ MUST_SEE = {
         *(f"listTasks {status}" for status in (200, 400, 401)),
         *(f"{operation} {status}" for operation in ("getTask", "streamTask") for status in (200, 400, 401, 404)),
         *(f"cancelTask {status}" for status in (204, 400, 401, 404)),
+        *(f"getSession {status}" for status in (200, 400, 401, 404)),
+        *(f"deleteSession {status}" for status in (204, 400, 401)),
         *(f"frame {name}" for name in ("started", "token", "metrics", "end", "error")),
     ],
     "control": [
@@ -134,6 +138,7 @@ def configuration(files: Files) -> dict[str, Any]:
     simulated = {"engine": "simulated", "slots": 1, "max_tokens": 32}
     return {
         "devices": [{"id": "cpu", "backend": "cpu"}],
+        "sessions": {"max_turns": 1000, "budgets": {"mode": "enforce", "tokens": 10_000_000}},
         "catalog": {"file_roots": [str(files.changed.parent)]},
         "pools": [
             {"id": "default", "model": MODEL, "max_tokens": 8},
@@ -187,7 +192,14 @@ def fuzz(
 
 def submit_and_wait(service: LiveService) -> None:
     """A task that exists throughout. That its stream has ended says that the pool is ready."""
-    body = {"task_id": TASK_ID, "model_ref": MODEL, "prompt": "Once", "max_tokens": 8, "seed": 7}
+    body = {
+        "task_id": TASK_ID,
+        "model_ref": MODEL,
+        "prompt": "Once",
+        "max_tokens": 8,
+        "seed": 7,
+        "session_id": SESSION_ID,
+    }
     headers = service.headers | {"Content-Type": "application/json"}
     request = urllib.request.Request(f"{service.url}/v1/tasks", json.dumps(body).encode(), headers)
     urllib.request.urlopen(request, timeout=60).close()
