@@ -219,6 +219,7 @@ def test_a_card_that_is_named_twice() -> None:
         "on_demand: {enabled: false, slots: 1, keep_alive_ms: 0, min_residency_ms: 0}",
         "catalog: {file_roots: [/models, ~/models]}",
         "pools: [{keep_alive_ms: 0}]",
+        "tasks: {keep_transcripts: true}",
     ],
 )
 def test_no_contradiction(text: str) -> None:
@@ -230,7 +231,6 @@ def test_no_contradiction(text: str) -> None:
 @pytest.mark.parametrize(
     ("text", "path"),
     [
-        ("tasks: {keep_transcripts: true}", "tasks.keep_transcripts"),
         ("catalog: {trust_policy: {mode: strict}}", "catalog.trust_policy.mode"),
         ("policy: {outbound: {default: deny}}", "policy.outbound.default"),
     ],

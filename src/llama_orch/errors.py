@@ -165,6 +165,10 @@ class PolicyDenied(LlorchError):
     code = ErrorCode.POLICY_DENIED
 
 
+class StorageUnavailable(LlorchError):
+    code = ErrorCode.STORAGE_UNAVAILABLE
+
+
 class Canceled(LlorchError):
     code = ErrorCode.CANCELED
 

@@ -29,6 +29,8 @@ from llama_orch.models.digest import Digests
 from llama_orch.runtime.orchestrator import Orchestrator
 from llama_orch.runtime.plan import make_plan
 from llama_orch.runtime.wiring import wire
+from llama_orch.stores.artifacts import ArtifactStore
+from llama_orch.stores.database import Database
 from tests.api.harness import serving_app
 from tests.live.client import until
 from tests.pact.exchange import TOKEN
@@ -78,6 +80,7 @@ class _Service:
     installation: Installation
     engine: SimulatedEngine | LlamaCppEngine
     orchestrator: Orchestrator
+    artifacts: ArtifactStore
     app: Any
     running: asyncio.Task[None]
 
@@ -87,6 +90,7 @@ class Stage:
     server's."""
 
     def __init__(self, folder: Path) -> None:
+        self._folder = folder
         self._digests = Digests(folder / "digests.json")
         self._is_up = Event()
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -166,10 +170,12 @@ class Stage:
         settings, engine = installation.settings, installation.build_engine()
         engines, sources = {installation.engine: engine}, discover(settings.devices, lambda uuids: False)
         plan = make_plan(settings, engines, sources)
-        orchestrator, service = wire(settings, engines, plan, self._digest, SystemClock())
+        clock, home = SystemClock(), Path(tempfile.mkdtemp(dir=self._folder))
+        artifacts = ArtifactStore(Database(home / "state.sqlite3"), home / "artifacts", clock.wall)
+        orchestrator, service = wire(settings, engines, plan, self._digest, clock, artifacts=artifacts)
         app = build_app(service, token=TOKEN, settings=settings)
         running = asyncio.create_task(orchestrator.run())
-        self._service = _Service(installation, engine, orchestrator, app, running)
+        self._service = _Service(installation, engine, orchestrator, artifacts, app, running)
 
     async def _digest(self, path: Path) -> str:
         return await asyncio.to_thread(self._digests.of, path)
@@ -179,6 +185,7 @@ class Stage:
         if service is not None:
             service.running.cancel()
             await asyncio.wait((service.running,))
+            service.artifacts.database.close()
 
     async def _act(self, act: Callable[[SimulatedWorker], None]) -> None:
         engine = self._at_work().engine

@@ -5,12 +5,16 @@ A test's name is its interaction's description. tests/pact/states.py holds what 
 
 from __future__ import annotations
 
+import hashlib
+
 import msgspec
 import pytest
 from msgspec import UNSET
 
 from llama_orch.client import ApiError, Client, Frame
 from llama_orch.contract.models import (
+    Artifact,
+    ArtifactKind,
     Determinism,
     DrainRequest,
     EndFrame,
@@ -946,3 +950,108 @@ def test_metrics_need_the_token(exchange: Exchange) -> None:
     exchange.gets(401, error("UNAUTHORIZED"), headers={"WWW-Authenticate": "Bearer"})
     with exchange.plain_client() as client:
         assert client.get("/metrics", headers={"Authorization": "Bearer wrong"}).status_code == 401
+
+
+# -- artifacts -------------------------------------------------------------------------------------------------------
+
+ROOT = Artifact(kind=ArtifactKind.PLAN, content={"steps": ["read", "write"]}, tags=["draft"])
+ROOT_ID = hashlib.sha256(b'{"steps":["read","write"]}').hexdigest()  # canonical JSON: any client can know it before
+CHILD = Artifact(kind=ArtifactKind.DIFF, content={"b": 1, "a": 2.5}, parent=ROOT_ID, metadata={"by": "me"})
+CHILD_ID = hashlib.sha256(b'{"a":2.5,"b":1}').hexdigest()
+ARTIFACT_PATH = f"/v1/artifacts/{ROOT_ID}"
+
+
+def reference(artifact: Artifact, artifact_id: str, size_bytes: int) -> dict[str, object]:
+    return {
+        "id": artifact_id,
+        "kind": artifact.kind.value,
+        "digest": f"sha256:{artifact_id}",
+        "created_ms": match.int(1767268800000),
+        "tags": artifact.tags or [],
+        "parent": artifact.parent,
+        "size_bytes": size_bytes,
+    }
+
+
+ROOT_REF = reference(ROOT, ROOT_ID, 26)
+
+
+def as_state(artifact: Artifact) -> dict[str, object]:
+    return dict(msgspec.to_builtins(artifact))
+
+
+def test_an_artifact_is_stored(exchange: Exchange) -> None:
+    """201, and its id is the digest of its content as canonical JSON."""
+    exchange.given("an idle pool")
+    exchange.asks("POST", "/v1/artifacts", body=ROOT)
+    exchange.gets(201, ROOT_REF)
+    with exchange.client() as client:
+        assert client.put_artifact(ROOT).id == ROOT_ID
+
+
+def test_an_artifact_that_is_there_is_answered_with_200(exchange: Exchange) -> None:
+    """The reference is the first one's, tags and all."""
+    again = msgspec.structs.replace(ROOT, kind=ArtifactKind.OTHER, tags=["other"])
+    exchange.given("an artifact is stored", **as_state(ROOT))
+    exchange.asks("POST", "/v1/artifacts", body=again)
+    exchange.gets(200, ROOT_REF)
+    with exchange.client() as client:
+        assert client.put_artifact(again).tags == ["draft"]
+
+
+def test_an_artifact_has_a_parent(exchange: Exchange) -> None:
+    """The lineage is on the reference."""
+    exchange.given("an artifact is stored", **as_state(ROOT))
+    exchange.asks("POST", "/v1/artifacts", body=CHILD)
+    exchange.gets(201, reference(msgspec.structs.replace(CHILD, tags=[]), CHILD_ID, 15))
+    with exchange.client() as client:
+        assert client.put_artifact(CHILD).parent == ROOT_ID
+
+
+def test_an_unknown_parent_is_not_found(exchange: Exchange) -> None:
+    """404, and nothing is stored."""
+    exchange.given("an idle pool")
+    exchange.asks("POST", "/v1/artifacts", body=CHILD)
+    exchange.gets(404, error("NOT_FOUND"))
+    with exchange.client() as client, pytest.raises(ApiError) as caught:
+        client.put_artifact(CHILD)
+    assert caught.value.code is ErrorCode.NOT_FOUND
+
+
+def test_an_artifact_is_read(exchange: Exchange) -> None:
+    """With its content and what was said about it."""
+    exchange.given("an artifact is stored", **as_state(ROOT))
+    exchange.asks("GET", ARTIFACT_PATH)
+    exchange.gets(200, {**ROOT_REF, "content": ROOT.content, "metadata": {}})
+    with exchange.client() as client:
+        assert client.get_artifact(ROOT_ID).content == ROOT.content
+
+
+def test_artifacts_are_listed_by_kind_and_tag(exchange: Exchange) -> None:
+    """References, newest first."""
+    exchange.given("an artifact is stored", **as_state(ROOT))
+    exchange.asks("GET", "/v1/artifacts", query={"kind": "plan", "tag": "draft", "limit": "2"})
+    exchange.gets(200, {"items": [ROOT_REF], "next_cursor": None})
+    with exchange.client() as client:
+        assert [ref.id for ref in client.list_artifacts(kind=ArtifactKind.PLAN, tag="draft", limit=2).items] == [
+            ROOT_ID
+        ]
+
+
+def test_an_artifact_is_deleted(exchange: Exchange) -> None:
+    """204."""
+    exchange.given("an artifact is stored", **as_state(ROOT))
+    exchange.asks("DELETE", ARTIFACT_PATH)
+    exchange.gets(204)
+    with exchange.client() as client:
+        client.delete_artifact(ROOT_ID)
+
+
+def test_an_unknown_artifact_is_not_found(exchange: Exchange) -> None:
+    """404."""
+    exchange.given("an idle pool")
+    exchange.asks("GET", ARTIFACT_PATH)
+    exchange.gets(404, error("NOT_FOUND"))
+    with exchange.client() as client, pytest.raises(ApiError) as caught:
+        client.get_artifact(ROOT_ID)
+    assert caught.value.code is ErrorCode.NOT_FOUND

@@ -90,7 +90,7 @@ class TaskRequest(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True)
     deadline_ms: Annotated[int, Meta(ge=1, le=31536000000)] | None = None  # From admission to the last token.
     expected_tokens: Annotated[int, Meta(ge=1, le=2147483647)] | None = None  # The client's guess of the answer's length, for predictions.
     kv_hint: KvHint | None = None
-    keep_transcript: bool | None = None  # Keep the stream as an artifact. Refused where the service has no artifact store.
+    keep_transcript: bool | None = None  # Keep the finished stream, without its `metrics` frames, as a `trace` artifact with the tag `task:` and the task_id. `tasks.keep_transcripts` of the configuration when absent.
 
 
 class AdmissionResponse(Struct, kw_only=True, frozen=True):
@@ -128,6 +128,7 @@ class ErrorCode(StrEnum):
     MODEL_DEPRECATED = 'MODEL_DEPRECATED'
     UNTRUSTED_ARTIFACT = 'UNTRUSTED_ARTIFACT'
     POLICY_DENIED = 'POLICY_DENIED'
+    STORAGE_UNAVAILABLE = 'STORAGE_UNAVAILABLE'
     CANCELED = 'CANCELED'
     INTERNAL = 'INTERNAL'
 
@@ -461,6 +462,59 @@ class ReloadRequest(Struct, kw_only=True, frozen=True, forbid_unknown_fields=Tru
     """What the pool is to serve."""
 
     new_model_ref: Annotated[str, Meta(min_length=1, max_length=1024)]  # A model reference, as `model` of a pool in the configuration.
+
+
+class ArtifactKind(StrEnum):
+    """What an artifact is for. The service itself writes `trace` for transcripts."""
+
+    PLAN = 'plan'
+    SUMMARY = 'summary'
+    DIFF = 'diff'
+    TRACE = 'trace'
+    OTHER = 'other'
+
+
+class Artifact(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
+    """What to store. Whole numbers have at most 64 bits; nothing is nested deeper than 100."""
+
+    kind: ArtifactKind
+    content: dict[str, Any]  # Anything, up to 4 MiB as canonical JSON.
+    tags: Annotated[list[Annotated[str, Meta(min_length=1, max_length=128)]], Meta(max_length=64)] | UnsetType = UNSET  # To find it by.
+    parent: Annotated[str, Meta(min_length=1, max_length=128)] | None = None  # The id of the artifact that it comes from.
+    metadata: dict[str, Any] | UnsetType = UNSET  # What is said about it, up to 64 KiB; no part of its id.
+
+
+class ArtifactRef(Struct, kw_only=True, frozen=True):
+    """What an artifact is known by, without its content."""
+
+    id: str  # The SHA-256 of the content, in hexadecimal.
+    kind: ArtifactKind
+    digest: str  # `sha256:` and the id.
+    created_ms: Annotated[int, Meta(ge=0, le=9223372036854775807)]  # Milliseconds since 1970-01-01 in UTC.
+    tags: list[str]  # In order, each once.
+    parent: str | None
+    size_bytes: Annotated[int, Meta(ge=0, le=9223372036854775807)]  # Of the content as canonical JSON.
+
+
+class ArtifactList(Struct, kw_only=True, frozen=True):
+    """One page of artifacts."""
+
+    items: list[ArtifactRef]
+    next_cursor: str | None
+
+
+class StoredArtifact(Struct, kw_only=True, frozen=True):
+    """An artifact as it was stored, with its reference."""
+
+    id: str  # The SHA-256 of the content, in hexadecimal.
+    kind: ArtifactKind
+    digest: str  # `sha256:` and the id.
+    created_ms: Annotated[int, Meta(ge=0, le=9223372036854775807)]  # Milliseconds since 1970-01-01 in UTC.
+    tags: list[str]  # In order, each once.
+    parent: str | None
+    size_bytes: Annotated[int, Meta(ge=0, le=9223372036854775807)]  # Of the content as canonical JSON.
+    content: dict[str, Any]
+    metadata: dict[str, Any]
 
 
 class Healthz(Struct, kw_only=True, frozen=True):

@@ -29,6 +29,7 @@ from llama_orch.core.task import Task
 from llama_orch.errors import Internal, LlorchError, NotFound, PoolUnready, ReplicaExhausted
 from llama_orch.observe.journal import Journal
 from llama_orch.runtime import views
+from llama_orch.runtime.archive import Archive
 from llama_orch.runtime.builder import Builder
 from llama_orch.runtime.decoding import Decoding
 from llama_orch.runtime.intake import Intake, Measured
@@ -56,9 +57,11 @@ class Orchestrator:
         journal: Journal,
         clock: Clock,
         settings: Settings,
+        archive: Archive,
     ) -> None:
         self.scheduler = scheduler
         self.replicas = replicas
+        self.archive = archive
         self._journal = journal
         self._clock = clock
         self._settings = settings
@@ -144,6 +147,7 @@ class Orchestrator:
             earlier = self.scheduler.repeated(request)
             if earlier is not None:
                 return earlier
+            self.archive.check(request)
             pool = await self._pool_for(request)
             admission.check_request(request, pool.spec, self._settings.sampler_profiles)
             self.scheduler.gate.check_room(pool, request, self._clock.now())  # before it costs anything
@@ -279,6 +283,7 @@ class Orchestrator:
             stream.end((task.error or Internal("the task ended without a result")).body(task.correlation_id))
         self._decoding.forget(task)
         self._journal.ended(task, pool)
+        self.archive.keep(task, stream)
         self._retained_bytes += stream.size_bytes
         while self._retained_bytes > RETAINED_BYTES_MAX and self.scheduler.forget_oldest():
             self._perform()
