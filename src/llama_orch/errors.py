@@ -169,6 +169,12 @@ class StorageUnavailable(LlorchError):
     code = ErrorCode.STORAGE_UNAVAILABLE
 
 
+class UpstreamFailed(LlorchError):
+    """What another machine did wrong, in our words: what it says itself is not to be trusted."""
+
+    code = ErrorCode.UPSTREAM_FAILED
+
+
 class Canceled(LlorchError):
     code = ErrorCode.CANCELED
 

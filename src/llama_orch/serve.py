@@ -32,6 +32,7 @@ from llama_orch.engines.registry import build_engines
 from llama_orch.models.calibration import Calibration
 from llama_orch.models.digest import Digests
 from llama_orch.observe import logs
+from llama_orch.outbound.plugins import Plugins
 from llama_orch.runtime.builder import Builder
 from llama_orch.runtime.library import FileLibrary
 from llama_orch.runtime.plan import Plan, PlanError, plan_with
@@ -66,6 +67,7 @@ def _serve(settings: Settings, home: Home, token: str, *, lifeline: bool) -> int
     _allow_descriptors(settings)
     sweep_private_folders()  # what a service that was killed could not remove
     try:
+        plugins = Plugins.installed()
         engines = _engines(settings)
         sources = discover(settings.devices, lambda uuids: _can_use_cuda(settings, uuids))
         digests = Digests(home.path / "digests.json")
@@ -79,7 +81,9 @@ def _serve(settings: Settings, home: Home, token: str, *, lifeline: bool) -> int
     artifacts = ArtifactStore(database, home.path / ARTIFACTS_NAME, SystemClock().wall, [token])
     database.submit(artifacts.sweep).add_done_callback(_swept)
     with listener, closing(database), asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(_Program(settings, token, engines, plan, digests, artifacts).run(listener, lifeline=lifeline))
+        return runner.run(
+            _Program(settings, token, engines, plan, digests, artifacts, plugins).run(listener, lifeline=lifeline)
+        )
 
 
 def _swept(sweep: Future[int]) -> None:
@@ -108,6 +112,7 @@ class _Program:
         plan: Plan,
         digests: Digests,
         artifacts: ArtifactStore,
+        plugins: Plugins,
     ) -> None:
         self._digests = digests
         library = plan.builder.library
@@ -119,6 +124,7 @@ class _Program:
             clock=SystemClock(),
             look=lambda reference: asyncio.to_thread(library.look, reference),
             artifacts=artifacts,
+            plugins=plugins,
         )
         app = build_app(service, token=token, settings=settings)
         self._server = _Server(

@@ -15,7 +15,10 @@ from llama_orch.contract.models import (
     Capabilities,
     Concurrency,
     Device,
+    FetchRequest,
+    FetchResult,
     FullPolicy,
+    PolicyDecision,
     Pool,
     PoolHealth,
     PoolList,
@@ -33,7 +36,16 @@ from llama_orch.contract.models import (
     TaskStatus,
 )
 from llama_orch.contract.operations import API_VERSION
-from llama_orch.errors import AdmissionReject, Conflict, InvalidParams, NotFound, PoolUnavailable, ReplicaExhausted
+from llama_orch.errors import (
+    AdmissionReject,
+    Conflict,
+    InvalidParams,
+    NotFound,
+    PolicyDenied,
+    PoolUnavailable,
+    ReplicaExhausted,
+    UpstreamFailed,
+)
 
 from .artifacts_fake import FakeArtifacts
 
@@ -44,6 +56,10 @@ FULL_QUEUE = "builtin:full-queue"
 CRASHING_MODEL = "builtin:crashing"
 SLOW_MODEL = "builtin:slow"  # its load goes on until `loaded`
 ABSENT_MODEL = "builtin:absent"
+DENIED_URL = "http://denied.example/"
+UNREADABLE_URL = "no URL"
+BROKEN_URL = "http://broken.example/"
+CROWDED_URL = "http://crowded.example/"
 UNWANTED_MODEL = "builtin:unwanted"  # not now
 ENDING_TASK = "00000000-0000-4000-8000-00000000e4d0"
 ENDLESS_TASK = "00000000-0000-4000-8000-0000000000aa"
@@ -110,6 +126,7 @@ class FakeService(FakeArtifacts):
         self.readers: dict[str, FakeReader] = {}
         self.canceled: list[str] = []
         self.listed: list[dict[str, object]] = []
+        self.fetched: list[FetchRequest] = []
         self.left = NO_BUDGETS
         self.ended_sessions: set[str] = set()
 
@@ -237,6 +254,28 @@ class FakeService(FakeArtifacts):
         if new_model_ref != SLOW_MODEL:
             pool.loaded()
         return self.get_pool_health(pool_id)
+
+    async def check_outbound(self, url: str) -> PolicyDecision:
+        allowed = url != DENIED_URL
+        return PolicyDecision(
+            allowed=allowed,
+            rule="default" if allowed else "deny[0]",
+            reason="because",
+            url=None if url == UNREADABLE_URL else url,
+            addresses=["192.0.2.1"],
+            audit_id=ENDING_TASK,
+        )
+
+    async def fetch_url(self, request: FetchRequest) -> FetchResult:
+        self.fetched.append(request)
+        if request.url == DENIED_URL:
+            raise PolicyDenied("a rule denies it", policy_label="deny[0]", details={"audit_id": ENDING_TASK})
+        if request.url == BROKEN_URL:
+            raise UpstreamFailed("broken.example breaks off", details={"audit_id": ENDING_TASK})
+        if request.url == CROWDED_URL:
+            raise ReplicaExhausted("too many at once", retry_after_ms=1200)
+        headers = {"content-type": "text/plain"}
+        return FetchResult(status=404, headers=headers, text="n\u00e4h", url=request.url, audit_id=ENDING_TASK)
 
     def capabilities(self) -> Capabilities:
         return Capabilities(

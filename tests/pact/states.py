@@ -182,6 +182,13 @@ def an_artifact_is_stored(stage: Stage, **artifact: Any) -> None:
     stage.post("/v1/artifacts", artifact)
 
 
+@state
+def another_machine(stage: Stage) -> None:
+    """It answers for `http://files.example`: `/text` with a text, `/short` with less than it says, else with a
+    picture."""
+    stage.raise_service(Installation(reaches=stage.there))
+
+
 def _replica_states(stage: Stage) -> list[str]:
     return [replica["state"] for replica in stage.read("/v1/pools/default/health")["replicas"]]
 

@@ -20,8 +20,10 @@ from llama_orch.contract.models import (
     EndFrame,
     Error,
     ErrorCode,
+    FetchRequest,
     FinishReason,
     MetricsFrame,
+    OutboundCheck,
     Priority,
     ReloadRequest,
     Sampling,
@@ -49,6 +51,7 @@ from tests.pact.exchange import (
     sse,
     stream_of,
     timestamp,
+    uuid_text,
 )
 
 pytestmark = pytest.mark.spec("HP-ALN-2")
@@ -907,6 +910,60 @@ def test_a_model_that_is_not_there_is_not_loaded(exchange: Exchange) -> None:
     exchange.gets(404, error("NOT_FOUND"))
     with exchange.client() as client, pytest.raises(ApiError, match="What happened"):
         client.reload_pool("default", "builtin:none")
+
+
+DECISION = {"rule": "address", "reason": match.str("Why."), "audit_id": uuid_text}
+LOOPBACK = "http://127.0.0.1:9/"
+PUBLIC = "https://8.8.8.8/"
+
+
+def test_the_outbound_policy_is_asked_about_a_private_address(exchange: Exchange) -> None:
+    """200 with a denial and the rule."""
+    exchange.given("an idle pool")
+    exchange.asks("POST", "/v1/policy/outbound/check", body=OutboundCheck(url=LOOPBACK))
+    exchange.gets(200, {**DECISION, "allowed": False, "url": LOOPBACK, "addresses": ["127.0.0.1"]})
+    with exchange.client() as client:
+        decision = client.check_outbound(LOOPBACK)
+    assert (decision.allowed, decision.rule) == (False, "address")
+
+
+def test_the_outbound_policy_is_asked_about_a_public_address(exchange: Exchange) -> None:
+    """200 with what allows it."""
+    exchange.given("an idle pool")
+    exchange.asks("POST", "/v1/policy/outbound/check", body=OutboundCheck(url=PUBLIC))
+    exchange.gets(200, {**DECISION, "allowed": True, "rule": "default", "url": PUBLIC, "addresses": ["8.8.8.8"]})
+    with exchange.client() as client:
+        assert client.check_outbound(PUBLIC).allowed
+
+
+def test_a_text_is_fetched(exchange: Exchange) -> None:
+    """200 with the other side's status, headers and text, and where to find it in the log."""
+    asked = FetchRequest(url="http://files.example/text", timeout_ms=5000)
+    exchange.given("another machine")
+    exchange.asks("POST", "/v1/tools/fetch", body=msgspec.to_builtins(asked))
+    said = {"status": 200, "headers": {"content-type": "text/plain; charset=utf-8"}, "text": "n\u00e4h"}
+    exchange.gets(200, {**said, "url": match.str(asked.url), "audit_id": uuid_text})
+    with exchange.client() as client:
+        assert client.fetch_url(asked).text == "n\u00e4h"
+
+
+def test_a_fetch_is_denied(exchange: Exchange) -> None:
+    """403 with the rule as the policy's label."""
+    exchange.given("an idle pool")
+    exchange.asks("POST", "/v1/tools/fetch", body=FetchRequest(url=LOOPBACK))
+    exchange.gets(403, error("POLICY_DENIED", policy_label="address", details={"audit_id": uuid_text}))
+    with exchange.client() as client, pytest.raises(ApiError, match="What happened"):
+        client.fetch_url(FetchRequest(url=LOOPBACK))
+
+
+def test_a_fetch_fails_elsewhere(exchange: Exchange) -> None:
+    """502 when the other side breaks off; the client does not try again."""
+    asked = FetchRequest(url="http://files.example/short")
+    exchange.given("another machine")
+    exchange.asks("POST", "/v1/tools/fetch", body=asked)
+    exchange.gets(502, error("UPSTREAM_FAILED", retriable=True))
+    with exchange.client() as client, pytest.raises(ApiError, match="What happened"):
+        client.fetch_url(asked)
 
 
 def test_the_service_says_that_it_is_there(exchange: Exchange) -> None:

@@ -14,6 +14,7 @@ from llama_orch.api.artifacts import Artifacts
 from llama_orch.api.auth import security_map
 from llama_orch.api.documents import Documents, merged_document
 from llama_orch.api.edge import Edge
+from llama_orch.api.outbound import Outbound
 from llama_orch.api.pools import Pools
 from llama_orch.api.service import Service
 from llama_orch.api.sessions import Sessions
@@ -24,7 +25,7 @@ from llama_orch.contract.config import Settings
 from llama_orch.contract.operations import Handlers
 
 
-class Api(Tasks, Sessions, Pools, Artifacts, System):
+class Api(Tasks, Sessions, Pools, Artifacts, Outbound, System):
     """One method per operation of the contract."""
 
     def __init__(self, service: Service) -> None:

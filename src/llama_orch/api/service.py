@@ -12,6 +12,9 @@ from llama_orch.contract.models import (
     ArtifactList,
     ArtifactRef,
     Capabilities,
+    FetchRequest,
+    FetchResult,
+    PolicyDecision,
     Pool,
     PoolHealth,
     PoolList,
@@ -83,6 +86,11 @@ class Service(Protocol):
     async def get_artifact(self, artifact_id: str) -> StoredArtifact: ...
 
     async def delete_artifact(self, artifact_id: str) -> None: ...
+
+    async def check_outbound(self, url: str) -> PolicyDecision:
+        """What the outbound policy says about a request, which is not made."""
+
+    async def fetch_url(self, request: FetchRequest) -> FetchResult: ...
 
     def capabilities(self) -> Capabilities: ...
 

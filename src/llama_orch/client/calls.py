@@ -18,6 +18,10 @@ from llama_orch.contract.models import (
     ArtifactRef,
     Capabilities,
     DrainRequest,
+    FetchRequest,
+    FetchResult,
+    OutboundCheck,
+    PolicyDecision,
     Pool,
     PoolHealth,
     PoolList,
@@ -152,6 +156,14 @@ def reload_pool(pool_id: str, new_model_ref: str) -> Call[PoolHealth]:
     """Not repeatable: where the connection broke it may have begun, and a second one would be in conflict with it."""
     body = ReloadRequest(new_model_ref=new_model_ref)
     return Call("POST", f"{_pool_path(pool_id)}/reload", PoolHealth, body, is_repeatable=False)
+
+
+def check_outbound(url: str) -> Call[PolicyDecision]:
+    return Call("POST", "/v1/policy/outbound/check", PolicyDecision, OutboundCheck(url=url))
+
+
+def fetch_url(request: FetchRequest) -> Call[FetchResult]:
+    return Call("POST", "/v1/tools/fetch", FetchResult, request)
 
 
 def capabilities() -> Call[Capabilities]:

@@ -22,6 +22,9 @@ from llama_orch.contract.models import (
     ArtifactList,
     ArtifactRef,
     Capabilities,
+    FetchRequest,
+    FetchResult,
+    PolicyDecision,
     Pool,
     PoolHealth,
     PoolList,
@@ -184,6 +187,14 @@ class Client:
     def reload_pool(self, pool_id: str, new_model_ref: str) -> PoolHealth:
         """Begin a reload. The pool's health as it is then. Where the connection breaks it may have begun."""
         return self._call(calls.reload_pool(pool_id, new_model_ref))
+
+    def check_outbound(self, url: str) -> PolicyDecision:
+        """What the service's outbound policy says about a request that it would make; it makes none."""
+        return self._call(calls.check_outbound(url))
+
+    def fetch_url(self, request: FetchRequest) -> FetchResult:
+        """Have the service fetch a text from elsewhere."""
+        return self._call(calls.fetch_url(request))
 
     def capabilities(self) -> Capabilities:
         return self._call(calls.capabilities())

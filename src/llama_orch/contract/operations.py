@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, NamedTuple, Protocol
 
 from msgspec import Meta
 
-from .models import Artifact, ArtifactKind, DrainRequest, ReloadRequest, TaskRequest, TaskState, Uuid
+from .models import Artifact, ArtifactKind, DrainRequest, FetchRequest, OutboundCheck, ReloadRequest, TaskRequest, TaskState, Uuid
 
 API_VERSION = '2.3.0'
 
@@ -86,6 +86,16 @@ OPERATIONS: dict[str, Operation] = {
         'createArtifact', 'control', 'POST', '/v1/artifacts', Artifact,
         (),
         (200, 201, 400, 401, 403, 404, 413, 415, 507), is_open=False,
+    ),
+    'fetchUrl': Operation(
+        'fetchUrl', 'control', 'POST', '/v1/tools/fetch', FetchRequest,
+        (),
+        (200, 400, 401, 403, 413, 415, 502, 503), is_open=False,
+    ),
+    'checkOutbound': Operation(
+        'checkOutbound', 'control', 'POST', '/v1/policy/outbound/check', OutboundCheck,
+        (),
+        (200, 400, 401, 403, 413, 415, 503), is_open=False,
     ),
     'getTask': Operation(
         'getTask', 'data', 'GET', '/v1/tasks/{id}', None,
@@ -173,6 +183,8 @@ ALLOW: dict[str, str] = {
     '/v1/capabilities': 'GET, HEAD',
     '/v1/pools': 'GET, HEAD',
     '/v1/artifacts': 'GET, HEAD, POST',
+    '/v1/tools/fetch': 'POST',
+    '/v1/policy/outbound/check': 'POST',
     '/v1/tasks/{id}': 'GET, HEAD',
     '/v1/sessions/{id}': 'DELETE, GET, HEAD',
     '/v1/pools/{id}': 'GET, HEAD',
@@ -196,6 +208,8 @@ class Handlers(Protocol):
     async def list_pools(self, *, limit: Annotated[int, Meta(ge=1, le=200)], cursor: Annotated[str, Meta(min_length=1, max_length=200)] | None) -> Any: ...  # GET /v1/pools
     async def list_artifacts(self, *, kind: ArtifactKind | None, tag: Annotated[str, Meta(min_length=1, max_length=128)] | None, parent: Annotated[str, Meta(min_length=1, max_length=128)] | None, limit: Annotated[int, Meta(ge=1, le=200)], cursor: Annotated[str, Meta(min_length=1, max_length=200)] | None) -> Any: ...  # GET /v1/artifacts
     async def create_artifact(self, *, body: Artifact) -> Any: ...  # POST /v1/artifacts
+    async def fetch_url(self, *, body: FetchRequest) -> Any: ...  # POST /v1/tools/fetch
+    async def check_outbound(self, *, body: OutboundCheck) -> Any: ...  # POST /v1/policy/outbound/check
     async def get_task(self, *, id: Uuid) -> Any: ...  # GET /v1/tasks/{id}
     async def get_session(self, *, id: Uuid) -> Any: ...  # GET /v1/sessions/{id}
     async def delete_session(self, *, id: Uuid) -> Any: ...  # DELETE /v1/sessions/{id}

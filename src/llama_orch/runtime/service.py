@@ -16,7 +16,10 @@ from llama_orch.contract.models import (
     Capabilities,
     Concurrency,
     EngineCapability,
+    FetchRequest,
+    FetchResult,
     FullPolicy,
+    PolicyDecision,
     PoolCapability,
     PoolHealth,
     PoolList,
@@ -43,6 +46,7 @@ from llama_orch.engines.base import Engine
 from llama_orch.errors import InvalidParams
 from llama_orch.observe.metrics import Metrics, Reading
 from llama_orch.runtime import views
+from llama_orch.runtime.fetching import Fetching
 from llama_orch.runtime.orchestrator import Orchestrator
 from llama_orch.runtime.streams import Reader
 
@@ -57,7 +61,9 @@ class LocalService:
         sources: Sequence[Source],
         metrics: Metrics,
         settings: Settings,
+        fetching: Fetching,
     ) -> None:
+        self._fetching = fetching
         self._orchestrator = orchestrator
         self._scheduler = orchestrator.scheduler
         self._engines = engines
@@ -174,6 +180,14 @@ class LocalService:
 
     async def delete_artifact(self, artifact_id: str) -> None:
         await self._orchestrator.archive.delete(artifact_id)
+
+    # -- to elsewhere --------------------------------------------------------------------------------------------------
+
+    async def check_outbound(self, url: str) -> PolicyDecision:
+        return await self._fetching.check(url)
+
+    async def fetch_url(self, request: FetchRequest) -> FetchResult:
+        return await self._fetching.fetch(request)
 
     # -- capabilities --------------------------------------------------------------------------------------------------
 

@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
 from tests.live.client import until
+from tests.live.elsewhere import elsewhere
 from tests.live_service import LiveService, live_service
 
 HERE = Path(__file__).resolve().parent
@@ -76,6 +77,8 @@ MUST_SEE = {
         *(f"getArtifact {status}" for status in (200, 401, 404)),
         *(f"deleteArtifact {status}" for status in (204, 401, 404)),
         *(f"{operation} {status}" for operation in ("getCapabilities", "getMetrics") for status in (200, 401)),
+        *(f"checkOutbound {status}" for status in (200, 400, 401, 405, 415)),
+        *(f"fetchUrl {status}" for status in (200, 400, 401, 403, 405, 415, 502)),
         *(f"getHealthz {status}" for status in (200, 405)),
     ],
 }
@@ -115,16 +118,16 @@ def main() -> int:
     parser.add_argument("--junit", type=Path, help="a folder for JUnit reports")
     given = parser.parse_args()
     seed = (random.SystemRandom().randrange(2**32) if given.seed is None else given.seed) if given.random else None
-    with tempfile.TemporaryDirectory(prefix="llorch-fuzz-") as folder:
+    with tempfile.TemporaryDirectory(prefix="llorch-fuzz-") as folder, elsewhere() as (there, _):
         files = files_in(Path(folder))
-        with live_service(configuration(files)) as service:
+        with live_service(configuration(files, there)) as service:
             submit_and_wait(service, files)
             store_artifact(service)
             problems = [
                 problem
                 for name in MUST_SEE
                 for problem in fuzz(
-                    service, name, arguments(name, seed, given), files, Path(folder), is_gate=seed is None
+                    service, name, arguments(name, seed, given), files, there, Path(folder), is_gate=seed is None
                 )
             ]
             problems += left_in_service(service, files)
@@ -136,11 +139,13 @@ def main() -> int:
     return 1 if problems else 0
 
 
-def configuration(files: Files) -> dict[str, Any]:
-    """Answers are short where a task does not say how long; the queues of the simulated pools are soon full."""
+def configuration(files: Files, there: str) -> dict[str, Any]:
+    """Answers are short where a task does not say how long; the queues of the simulated pools are soon full. One
+    machine may be called, so that random URLs reach nobody and no name server."""
     simulated = {"engine": "simulated", "slots": 1, "max_tokens": 32}
     return {
         "devices": [{"id": "cpu", "backend": "cpu"}],
+        "policy": {"outbound": {"default": "deny", "allow": [there.removeprefix("http://")]}},
         "sessions": {"max_turns": 1000, "budgets": {"mode": "enforce", "tokens": 10_000_000}},
         "catalog": {"file_roots": [str(files.changed.parent)]},
         "pools": [
@@ -168,9 +173,10 @@ def arguments(name: str, seed: int | None, given: argparse.Namespace) -> list[st
 
 
 def fuzz(
-    service: LiveService, name: str, options: list[str], files: Files, folder: Path, *, is_gate: bool
+    service: LiveService, name: str, options: list[str], files: Files, there: str, folder: Path, *, is_gate: bool
 ) -> Iterator[str]:
-    """One run of `st`, in a folder of its own so that nothing stays behind. Yields problems."""
+    """One run of `st`, in a folder of its own so that nothing stays behind. `there`: a machine to call. Yields
+    problems."""
     seen_path = folder / f"{name}.json"
     environment = os.environ | {
         "FUZZ_SEEN": str(seen_path),
@@ -178,6 +184,7 @@ def fuzz(
         "FUZZ_RELOADS": json.dumps(files.reloads),
         "FUZZ_IDS": json.dumps(IDS),
         "FUZZ_ARTIFACT": json.dumps(ARTIFACT_CONTENT),
+        "FUZZ_URLS": json.dumps([f"{there}/text", f"{there}/short", f"{there}/back", "http://127.0.0.2/"]),
         "LLORCH_API_TOKEN": service.token,
         "PYTHONPATH": os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")]),
         "HYPOTHESIS_STORAGE_DIRECTORY": str(folder / "hypothesis"),
