@@ -222,7 +222,7 @@ class MetricsFrame(Struct, kw_only=True, frozen=True):
     predicted_start_ms: Annotated[int, Meta(ge=0, le=9223372036854775807)] | None
     tokens_in: Annotated[int, Meta(ge=0, le=9223372036854775807)]
     tokens_out: Annotated[int, Meta(ge=0, le=9223372036854775807)]
-    on_time_probability: Annotated[float, Meta(ge=0, le=1)] | None  # Null without a deadline or before anything was measured.
+    on_time_probability: Annotated[float, Meta(ge=0, le=1)] | None  # Chance that the task ends before its deadline: of those that are told about 0.8, about 80 % do. Null without a deadline or before anything was measured.
     kv_warmth: bool  # Whether cached context was used.
     tokens_budget_remaining: Annotated[int, Meta(ge=0, le=9223372036854775807)] | None
     time_budget_remaining_ms: Annotated[int, Meta(ge=0, le=9223372036854775807)] | None

@@ -8,6 +8,7 @@ real engine's end looks like. Nothing here is random: all follows from the jobs,
 from __future__ import annotations
 
 import asyncio
+import itertools
 import random
 from collections.abc import AsyncGenerator, Callable, Iterator
 from dataclasses import dataclass
@@ -51,7 +52,8 @@ class ServiceModel:
     decode_s_per_token: float = 0.02
     cancel_s: float = 0.0  # from the cancel to the free slot
     unload_s: float = 0.0  # from the stop to the free memory
-    mean_tokens: int | None = None  # of an answer; None: every answer runs to its max_tokens
+    mean_tokens: int | None = None  # of an answer, geometric; None: every answer runs to its max_tokens
+    uniform_tokens: tuple[int, int] | None = None  # of an answer, each length of this range alike
     batch_slowdown: float = 0.0
     card_slowdown: float = 0.0
     chunk_tokens: int = 1  # that arrive together, but for the first one: fewer events for the same time
@@ -85,7 +87,7 @@ class SimulatedEngine:
             name="simulated",
             version=_VERSION,
             workloads=("completion",),
-            determinism="strict: the same text for the same seed and prompt, always",
+            determinism="strict: the same bytes for the same seed and prompt, always; cost: none",
             strict_needs_exclusive=self._strict_needs_exclusive,
             features=("chat", "kv_reuse", "min_p"),
         )
@@ -338,8 +340,11 @@ class SimulatedWorker:
     def _words(self, job: Job) -> Iterator[str]:
         """The answer's words: a function of prompt and seed (of the prompt alone when temperature is 0)."""
         dice = random.Random(f"{job.seed if job.sampling.temperature > 0 else 'greedy'}:{job.prompt}")
-        mean = self._service.mean_tokens
-        while mean is None or dice.random() >= 1 / mean:
+        mean, bounds = self._service.mean_tokens, self._service.uniform_tokens
+        words = itertools.count() if bounds is None else range(dice.randint(*bounds) - 1)  # and the end of the text
+        for _ in words:
+            if mean is not None and dice.random() < 1 / mean:
+                return
             yield "".join(dice.choices(_SYLLABLES, k=dice.randint(1, 3)))
 
 

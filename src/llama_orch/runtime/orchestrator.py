@@ -274,7 +274,7 @@ class Orchestrator:
     def _end(self, task: Task) -> None:
         pool = task.pool
         stream = self._streams[task.task_id]
-        stream.metrics(self._metrics_frame(task, views.NOT_WAITING))
+        stream.metrics(self._metrics_frame(task, views.NOT_WAITING, None))
         if task.outcome is not None and task.error is None:
             stream.end(views.end_frame(task, task.outcome, pool))
         else:
@@ -315,13 +315,15 @@ class Orchestrator:
         now = self._clock.now()
         for pool in self.scheduler.fleet.every_pool():
             outlooks = self.scheduler.predictor.outlooks(pool, self.scheduler.tasks, now) if len(pool.queue) else {}
+            chances = self.scheduler.predictor.chances(pool, self.scheduler.tasks, now) if outlooks else {}
             for task_id, outlook in outlooks.items():
-                self._streams[task_id].metrics(self._metrics_frame(self.scheduler.tasks[task_id], outlook))
+                frame = self._metrics_frame(self.scheduler.tasks[task_id], outlook, chances.get(task_id))
+                self._streams[task_id].metrics(frame)
         for task in self._decoding.running():
-            self._streams[task.task_id].metrics(self._metrics_frame(task, views.NOT_WAITING))
+            chance = self.scheduler.predictor.on_time(task.pool, task, self.scheduler.tasks, now)
+            self._streams[task.task_id].metrics(self._metrics_frame(task, views.NOT_WAITING, chance))
 
-    def _metrics_frame(self, task: Task, outlook: Outlook) -> MetricsFrame:
-        chance = self.scheduler.predictor.on_time(task.pool, task, outlook.start_in_s, self._clock.now())
+    def _metrics_frame(self, task: Task, outlook: Outlook, chance: float | None) -> MetricsFrame:
         left = self.scheduler.book.sessions.left(task.request.session_id)
         return views.metrics_frame(task, outlook, len(task.pool.queue), chance, left)
 
