@@ -220,6 +220,7 @@ def test_a_card_that_is_named_twice() -> None:
         "catalog: {file_roots: [/models, ~/models]}",
         "pools: [{keep_alive_ms: 0}]",
         "policy: {outbound: {default: deny, allow: ['https://*.example.com:443', 10.0.0.0/8, '[fd00::/8]:80']}}",
+        "tasks: {keep_transcripts: true}",
     ],
 )
 def test_no_contradiction(text: str) -> None:
@@ -231,7 +232,6 @@ def test_no_contradiction(text: str) -> None:
 @pytest.mark.parametrize(
     ("text", "path"),
     [
-        ("tasks: {keep_transcripts: true}", "tasks.keep_transcripts"),
         ("catalog: {trust_policy: {mode: strict}}", "catalog.trust_policy.mode"),
     ],
 )

@@ -171,6 +171,10 @@ class UpstreamFailed(LlorchError):
     code = ErrorCode.UPSTREAM_FAILED
 
 
+class StorageUnavailable(LlorchError):
+    code = ErrorCode.STORAGE_UNAVAILABLE
+
+
 class Canceled(LlorchError):
     code = ErrorCode.CANCELED
 

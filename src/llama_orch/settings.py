@@ -35,7 +35,7 @@ _TOKEN_DISTINCT_MIN = 8
 _TOKEN_BYTES_MAX = 4096
 
 # Sections of the contract that this version does not build: only their defaults are accepted.
-_NOT_BUILT = ("catalog.trust_policy", "tasks.keep_transcripts")
+_NOT_BUILT = ("catalog.trust_policy",)
 
 
 class SettingsError(Exception):

@@ -16,7 +16,15 @@ from llama_orch.api import protocol
 from llama_orch.api.auth import identity
 from llama_orch.api.validation import read_body
 from llama_orch.contract.codes import CODES
-from llama_orch.contract.models import DrainRequest, Error, FetchRequest, OutboundCheck, ReloadRequest, TaskRequest
+from llama_orch.contract.models import (
+    Artifact,
+    DrainRequest,
+    Error,
+    FetchRequest,
+    OutboundCheck,
+    ReloadRequest,
+    TaskRequest,
+)
 from llama_orch.contract.operations import Operation
 from llama_orch.errors import InvalidParams
 from llama_orch.testing.loop import run
@@ -27,9 +35,11 @@ from .service_fake import ABSENT_MODEL, CRASHING_MODEL, ENDING_TASK, FULL_QUEUE,
 TASK = {"model_ref": "builtin:tiny", "prompt": "Once"}
 DRAIN = {"deadline_ms": 30_000}
 RELOAD = {"new_model_ref": "builtin:tiny"}
+ARTIFACT = {"kind": "plan", "content": {"a": 1}}
 URL = {"url": "https://example.com/"}
 GOOD_BODIES = {
     TaskRequest: TASK,
+    Artifact: ARTIFACT,
     DrainRequest: DRAIN,
     ReloadRequest: RELOAD,
     OutboundCheck: URL,

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from llama_orch.api.documents import document_bytes
-from llama_orch.contract.models import DrainRequest, ReloadRequest, TaskRequest
+from llama_orch.contract.models import Artifact, DrainRequest, ReloadRequest, TaskRequest
 
 RANGES = {"int32": (-(2**31), 2**31 - 1), "int64": (-(2**63), 2**63 - 1)}
 UUID = "3f2b8c1e-9d5a-4c57-8a43-0c7d5b1f2e90"
@@ -99,12 +99,15 @@ TASK = {
     "kv_hint": "reuse",
     "keep_transcript": False,
 }
+ARTIFACT = {"kind": "plan", "content": {"a": [1]}, "tags": ["t"], "parent": "x", "metadata": {"m": None}}
 BODIES = [
     Body(TaskRequest, TASK, ("model_ref",), examples=1000),
+    Body(Artifact, ARTIFACT, ("kind", "content"), examples=500),
     Body(DrainRequest, {"deadline_ms": 30000}, ("deadline_ms",), examples=200),
     Body(ReloadRequest, {"new_model_ref": "builtin:tiny"}, ("new_model_ref",), examples=200),
 ]
 WRONG = {
+    Artifact: [{"kind": "x"}, {"content": []}, {"tags": None}, {"tags": [""]}, {"tags": ["t"] * 65}, {"metadata": 1}],
     TaskRequest: [{"seed": 2**63}, {"task_id": "x"}, {"x": 1}, {"sampling": None}, {"kv_hint": "x"}],
     DrainRequest: [{"deadline_ms": -1}, {"deadline_ms": 604800001}, {"deadline_ms": None}, {"deadline": 1}],
     ReloadRequest: [{"new_model_ref": ""}, {"new_model_ref": "x" * 1025}, {"new_model_ref": 1}, {"model_ref": "x"}],

@@ -182,6 +182,13 @@ def another_machine(stage: Stage) -> None:
     stage.raise_service(Installation(reaches=stage.there))
 
 
+@state
+def an_artifact_is_stored(stage: Stage, **artifact: Any) -> None:
+    """The artifact is there, with these fields."""
+    an_idle_pool(stage)
+    stage.post("/v1/artifacts", artifact)
+
+
 def _replica_states(stage: Stage) -> list[str]:
     return [replica["state"] for replica in stage.read("/v1/pools/default/health")["replicas"]]
 
@@ -207,7 +214,7 @@ def described() -> Iterator[Described]:
     """The states as the documentation shows them."""
     for name, handler in HANDLERS.items():
         parameters = [
-            f"`{one.name}`" if one.kind is not inspect.Parameter.VAR_KEYWORD else "fields of the task"
+            f"`{one.name}`" if one.kind is not inspect.Parameter.VAR_KEYWORD else f"fields of the {one.name}"
             for one in list(inspect.signature(handler).parameters.values())[1:]
         ]
         yield Described(name, ", ".join(parameters), " ".join((handler.__doc__ or "").split()))
