@@ -173,21 +173,9 @@ def play(stage: Rehearsal) -> None:
     stage.command("pools", has="coder")
 
     stage.chapter("Both engines")
-    stage.command(
-        "run", "Once upon a time", "--model", f"file:{models}/coder.gguf", "--max-tokens", "24", "--seed", "7"
-    )
-    stage.command(
-        "run",
-        "Once upon a time",
-        "--engine",
-        "ctransformers",
-        "--model",
-        "builtin:tiny",
-        "--max-tokens",
-        "24",
-        "--seed",
-        "7",
-    )
+    story = ("run", "Once upon a time", "--max-tokens", "24", "--seed", "7", "--model")
+    stage.command(*story, f"file:{models}/coder.gguf")
+    stage.command(*story, "builtin:tiny", "--engine", "ctransformers")
 
     stage.chapter("The catalog: enter, verify, serve")
     stage.command("models", "add", "coder-v2", f"file:{models}/coder-v2.gguf", "--tag", "coding")
@@ -209,9 +197,8 @@ def play(stage: Rehearsal) -> None:
     stage.command("run", "The fox", "--model", "coder-v2", "--max-tokens", "4", "--seed", "1")
 
     stage.chapter("Artifacts")
-    plan = stage.command(
-        "artifacts", "put", "-", "--kind", "plan", "--tag", "fox", stdin='{"steps": ["read", "write"]}'
-    )
+    steps = '{"steps": ["read", "write"]}'
+    plan = stage.command("artifacts", "put", "-", "--kind", "plan", "--tag", "fox", stdin=steps)
     stage.command("artifacts", "put", "-", "--kind", "summary", "--parent", plan, stdin='{"text": "done"}')
     stage.command("artifacts", "tree", plan)
     stage.command("artifacts", "ls", "--kind", "trace", has="trace")
@@ -281,8 +268,8 @@ def main() -> int:
         return 1
     if given.write:
         head = (
-            "# The reference deployment, rehearsed\nWritten by `tox -e smoke`: a 24 GB and a 12 GB card that are declared "
-            "(`backend: simulated`), both engines, one day's\nworth of commands. Ids and times are those of that run.\n"
+            "# The reference deployment, rehearsed\nWritten by `tox -e smoke`: a 24 GB and a 12 GB card that are declared, "
+            "both engines, one day's worth of\ncommands. Ids and times are those of that run.\n"
         )
         given.write.write_text(head + "\n".join(line.rstrip() for line in lines) + "\n")
     return 0
