@@ -219,8 +219,8 @@ def test_a_card_that_is_named_twice() -> None:
         "on_demand: {enabled: false, slots: 1, keep_alive_ms: 0, min_residency_ms: 0}",
         "catalog: {file_roots: [/models, ~/models]}",
         "pools: [{keep_alive_ms: 0}]",
-        "policy: {outbound: {default: deny, allow: ['https://*.example.com:443', 10.0.0.0/8, '[fd00::/8]:80']}}",
         "tasks: {keep_transcripts: true}",
+        "policy: {outbound: {default: deny, allow: ['https://*.example.com:443', 10.0.0.0/8, '[fd00::/8]:80']}}",
     ],
 )
 def test_no_contradiction(text: str) -> None:

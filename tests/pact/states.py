@@ -176,17 +176,17 @@ def a_task_was_dropped_from_a_full_queue(stage: Stage, **task: Any) -> None:
 
 
 @state
-def another_machine(stage: Stage) -> None:
-    """It answers for `http://files.example`: `/text` with a text, `/short` with less than it says, else with a
-    picture."""
-    stage.raise_service(Installation(reaches=stage.there))
-
-
-@state
 def an_artifact_is_stored(stage: Stage, **artifact: Any) -> None:
     """The artifact is there, with these fields."""
     an_idle_pool(stage)
     stage.post("/v1/artifacts", artifact)
+
+
+@state
+def another_machine(stage: Stage) -> None:
+    """It answers for `http://files.example`: `/text` with a text, `/short` with less than it says, else with a
+    picture."""
+    stage.raise_service(Installation(reaches=stage.there))
 
 
 def _replica_states(stage: Stage) -> list[str]:

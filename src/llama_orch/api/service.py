@@ -76,11 +76,6 @@ class Service(Protocol):
     async def reload_pool(self, pool_id: str, new_model_ref: str) -> PoolHealth:
         """Begin a reload; the health as it is then. Conflict while another one runs."""
 
-    async def check_outbound(self, url: str) -> PolicyDecision:
-        """What the outbound policy says about a request, which is not made."""
-
-    async def fetch_url(self, request: FetchRequest) -> FetchResult: ...
-
     async def put_artifact(self, artifact: Artifact) -> tuple[ArtifactRef, bool]:
         """Store it. Whether it is new; else the reference is that of the first one with this content."""
 
@@ -91,6 +86,11 @@ class Service(Protocol):
     async def get_artifact(self, artifact_id: str) -> StoredArtifact: ...
 
     async def delete_artifact(self, artifact_id: str) -> None: ...
+
+    async def check_outbound(self, url: str) -> PolicyDecision:
+        """What the outbound policy says about a request, which is not made."""
+
+    async def fetch_url(self, request: FetchRequest) -> FetchResult: ...
 
     def capabilities(self) -> Capabilities: ...
 

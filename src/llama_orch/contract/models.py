@@ -128,8 +128,8 @@ class ErrorCode(StrEnum):
     MODEL_DEPRECATED = 'MODEL_DEPRECATED'
     UNTRUSTED_ARTIFACT = 'UNTRUSTED_ARTIFACT'
     POLICY_DENIED = 'POLICY_DENIED'
-    UPSTREAM_FAILED = 'UPSTREAM_FAILED'
     STORAGE_UNAVAILABLE = 'STORAGE_UNAVAILABLE'
+    UPSTREAM_FAILED = 'UPSTREAM_FAILED'
     CANCELED = 'CANCELED'
     INTERNAL = 'INTERNAL'
 
@@ -465,6 +465,41 @@ class ReloadRequest(Struct, kw_only=True, frozen=True, forbid_unknown_fields=Tru
     new_model_ref: Annotated[str, Meta(min_length=1, max_length=1024)]  # A model reference, as `model` of a pool in the configuration.
 
 
+class OutboundCheck(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
+    """A request that may be made."""
+
+    url: Annotated[str, Meta(min_length=1, max_length=8192)]
+
+
+class PolicyDecision(Struct, kw_only=True, frozen=True):
+    """What the outbound policy says about one request."""
+
+    allowed: bool
+    rule: Annotated[str, Meta(min_length=1)]  # What decided: `default`, an entry of a list such as `allow[0]` or `deny[2]`, `address`, `plugin`, `scheme`, `invalid-url` or `downgrade`.
+    reason: Annotated[str, Meta(min_length=1)]  # For people.
+    url: str | None  # The URL as it was read, or as a plugin rewrote it; null where it cannot be read.
+    addresses: list[str]  # What the host stands for; empty where it was not looked up or has none.
+    audit_id: Uuid  # Finds the decision in the log.
+
+
+class FetchRequest(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
+    """What to fetch, and within which bounds."""
+
+    url: Annotated[str, Meta(min_length=1, max_length=8192)]  # http or https; a fragment is left out.
+    max_bytes: Annotated[int, Meta(ge=1, le=8388608)] = 1048576  # Of the body, as it comes and unpacked.
+    timeout_ms: Annotated[int, Meta(ge=1, le=25000)] = 10000  # For all of it, redirects included.
+
+
+class FetchResult(Struct, kw_only=True, frozen=True):
+    """What the other side answered."""
+
+    status: Annotated[int, Meta(ge=100, le=999)]  # The other side's HTTP status.
+    headers: dict[str, str]  # Names in lower case; values of a repeated one joined with commas; without Set-Cookie.
+    text: str  # The body, in the charset that it names, else UTF-8.
+    url: str  # Where it came from in the end.
+    audit_id: Uuid  # Finds the decisions in the log.
+
+
 class ArtifactKind(StrEnum):
     """What an artifact is for. The service itself writes `trace` for transcripts."""
 
@@ -516,41 +551,6 @@ class StoredArtifact(Struct, kw_only=True, frozen=True):
     size_bytes: Annotated[int, Meta(ge=0, le=9223372036854775807)]  # Of the content as canonical JSON.
     content: dict[str, Any]
     metadata: dict[str, Any]
-
-
-class OutboundCheck(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
-    """A request that may be made."""
-
-    url: Annotated[str, Meta(min_length=1, max_length=8192)]
-
-
-class PolicyDecision(Struct, kw_only=True, frozen=True):
-    """What the outbound policy says about one request."""
-
-    allowed: bool
-    rule: Annotated[str, Meta(min_length=1)]  # What decided: `default`, an entry of a list such as `allow[0]` or `deny[2]`, `address`, `plugin`, `scheme`, `invalid-url` or `downgrade`.
-    reason: Annotated[str, Meta(min_length=1)]  # For people.
-    url: str | None  # The URL as it was read, or as a plugin rewrote it; null where it cannot be read.
-    addresses: list[str]  # What the host stands for; empty where it was not looked up or has none.
-    audit_id: Uuid  # Finds the decision in the log.
-
-
-class FetchRequest(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
-    """What to fetch, and within which bounds."""
-
-    url: Annotated[str, Meta(min_length=1, max_length=8192)]  # http or https; a fragment is left out.
-    max_bytes: Annotated[int, Meta(ge=1, le=8388608)] = 1048576  # Of the body, as it comes and unpacked.
-    timeout_ms: Annotated[int, Meta(ge=1, le=25000)] = 10000  # For all of it, redirects included.
-
-
-class FetchResult(Struct, kw_only=True, frozen=True):
-    """What the other side answered."""
-
-    status: Annotated[int, Meta(ge=100, le=999)]  # The other side's HTTP status.
-    headers: dict[str, str]  # Names in lower case; values of a repeated one joined with commas; without Set-Cookie.
-    text: str  # The body, in the charset that it names, else UTF-8.
-    url: str  # Where it came from in the end.
-    audit_id: Uuid  # Finds the decisions in the log.
 
 
 class Healthz(Struct, kw_only=True, frozen=True):

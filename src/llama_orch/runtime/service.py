@@ -164,14 +164,6 @@ class LocalService:
     async def reload_pool(self, pool_id: str, new_model_ref: str) -> PoolHealth:
         return self._health(await self._orchestrator.reload_pool(pool_id, new_model_ref))
 
-    # -- to elsewhere --------------------------------------------------------------------------------------------------
-
-    async def check_outbound(self, url: str) -> PolicyDecision:
-        return await self._fetching.check(url)
-
-    async def fetch_url(self, request: FetchRequest) -> FetchResult:
-        return await self._fetching.fetch(request)
-
     # -- artifacts -----------------------------------------------------------------------------------------------------
 
     async def put_artifact(self, artifact: Artifact) -> tuple[ArtifactRef, bool]:
@@ -188,6 +180,14 @@ class LocalService:
 
     async def delete_artifact(self, artifact_id: str) -> None:
         await self._orchestrator.archive.delete(artifact_id)
+
+    # -- to elsewhere --------------------------------------------------------------------------------------------------
+
+    async def check_outbound(self, url: str) -> PolicyDecision:
+        return await self._fetching.check(url)
+
+    async def fetch_url(self, request: FetchRequest) -> FetchResult:
+        return await self._fetching.fetch(request)
 
     # -- capabilities --------------------------------------------------------------------------------------------------
 

@@ -20,9 +20,9 @@ from schemathesis import Case, CheckContext, HookContext, Response
 MODELS = json.loads(os.environ["FUZZ_MODELS"])  # the first is the real one
 IDS = json.loads(os.environ["FUZZ_IDS"])  # for paths, by their beginning: what is there, and what is not
 RELOADS = json.loads(os.environ["FUZZ_RELOADS"])  # models for the pool that is drained and reloaded
+ARTIFACT = json.loads(os.environ["FUZZ_ARTIFACT"])  # the content of the artifact that is there
 URLS = json.loads(os.environ["FUZZ_URLS"])  # one that answers with a text, and some that do not
 TO_ELSEWHERE = ("POST /v1/policy/outbound/check", "POST /v1/tools/fetch")
-ARTIFACT = json.loads(os.environ["FUZZ_ARTIFACT"])  # the content of the artifact that is there
 ACTS_ON_POOLS = ("POST /v1/pools/{id}/drain", "POST /v1/pools/{id}/reload")
 FORMS = (
     *(("completion", form) for form in ("prompt", "inputs", "messages")),
@@ -154,14 +154,14 @@ def before_call(context: HookContext, case: Case, kwargs: dict[str, Any]) -> Non
     if case.operation.label == "POST /v1/tasks":
         if isinstance(case.body, dict):
             case.body = admissible(case.body, number)
+    elif case.operation.label == "POST /v1/artifacts":
+        if isinstance(case.body, dict):
+            case.body = storable(case.body, number)
     elif case.operation.label in TO_ELSEWHERE:
         if isinstance(case.body, dict) and number % 5:  # the fifth keeps what it has, which is hardly ever a URL
             case.body = case.body | {"url": URLS[number % 5 % len(URLS)]}
             if number % 3:
                 case.body = {"url": case.body["url"]}
-    elif case.operation.label == "POST /v1/artifacts":
-        if isinstance(case.body, dict):
-            case.body = storable(case.body, number)
     elif case.operation.label in ACTS_ON_POOLS:
         if number % 4 == 0 and case.meta.phase.name.value != "stateful":
             case.path_parameters = case.path_parameters | {"id": known_and_unknown(case)[1]}
