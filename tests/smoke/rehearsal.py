@@ -268,7 +268,7 @@ def main() -> int:
         return 1
     if given.write:
         head = (
-            "# The reference deployment, rehearsed\nWritten by `tox -e smoke`: a 24 GB and a 12 GB card that are declared, "
+            "# The reference deployment, rehearsed\nWritten by `tox -e smoke`: a 24 GB and a 12 GB card, declared, "
             "both engines, one day's worth of\ncommands. Ids and times are those of that run.\n"
         )
         given.write.write_text(head + "\n".join(line.rstrip() for line in lines) + "\n")
