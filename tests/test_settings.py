@@ -221,6 +221,7 @@ def test_a_card_that_is_named_twice() -> None:
         "catalog: {trust_policy: {mode: strict, allowed_registries: [huggingface.co], require_signature: true}}",
         "pools: [{model: story-7b}]",
         "pools: [{keep_alive_ms: 0}]",
+        "tasks: {keep_transcripts: true}",
         "policy: {outbound: {default: deny, allow: ['https://*.example.com:443', 10.0.0.0/8, '[fd00::/8]:80']}}",
     ],
 )
@@ -229,19 +230,7 @@ def test_no_contradiction(text: str) -> None:
     assert isinstance(parse_settings(text, "c.yaml"), Settings)
 
 
-@pytest.mark.spec("HP-ALN-3")
-@pytest.mark.parametrize(
-    ("text", "path"),
-    [
-        ("tasks: {keep_transcripts: true}", "tasks.keep_transcripts"),
-    ],
-)
-def test_nothing_is_ignored_in_silence(text: str, path: str) -> None:
-    """A setting of a part that is not built is refused, unless it is its default."""
-    assert _problems(text) == [f"{path}: is not built in this version; leave it out"]
-
-
-def test_defaults_of_what_is_not_built_may_be_written_out() -> None:
+def test_defaults_may_be_written_out() -> None:
     """A file that spells the defaults out is valid."""
     text = (
         "on_demand: {enabled: true}\nsessions: {max_turns: 8, budgets: {mode: 'off'}}\npools: [{keep_alive_ms: null}]"

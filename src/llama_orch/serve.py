@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 
 import uvicorn
@@ -42,6 +43,8 @@ from llama_orch.runtime.plan import Plan, PlanError, plan_with
 from llama_orch.runtime.sight import sight_of
 from llama_orch.runtime.wiring import Keeping, wire
 from llama_orch.settings import Home
+from llama_orch.stores.artifacts import FOLDER_NAME as ARTIFACTS_NAME
+from llama_orch.stores.artifacts import ArtifactStore
 from llama_orch.stores.catalog import CatalogRecords, CatalogStore
 from llama_orch.stores.database import FILE_NAME, Database
 
@@ -86,9 +89,20 @@ def _serve_with(database: Database, settings: Settings, home: Home, token: str, 
         for problem in getattr(error, "problems", [str(error)]):
             print(f"error: {problem}", file=sys.stderr)
         return 1
+    artifacts = ArtifactStore(database, home.path / ARTIFACTS_NAME, SystemClock().wall, [token])
+    database.submit(artifacts.sweep).add_done_callback(_swept)
     with listener, asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        program = _Program(settings, token, engines, plan, digests, keeping, plugins)
+        program = _Program(settings, token, engines, plan, digests, keeping, artifacts, plugins)
         return runner.run(program.run(listener, lifeline=lifeline))
+
+
+def _swept(sweep: Future[int]) -> None:
+    """A disk that does not do is no reason not to serve; whoever needs it is told."""
+    error = sweep.exception()
+    if error is not None:
+        log.warning("the store was not swept: %s", error)
+    elif sweep.result():
+        log.info("%d files that interrupted writes had left in the store were removed", sweep.result())
 
 
 def _builder(
@@ -133,6 +147,7 @@ class _Program:
         plan: Plan,
         digests: Digests,
         keeping: Keeping,
+        artifacts: ArtifactStore,
         plugins: Plugins,
     ) -> None:
         self._digests = digests
@@ -145,6 +160,7 @@ class _Program:
             clock=SystemClock(),
             look=lambda reference: asyncio.to_thread(library.look, reference),
             keeping=keeping,
+            artifacts=artifacts,
             plugins=plugins,
         )
         app = build_app(service, token=token, settings=settings)

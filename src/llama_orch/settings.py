@@ -34,9 +34,6 @@ TOKEN_CHARS_MIN = 16
 _TOKEN_DISTINCT_MIN = 8
 _TOKEN_BYTES_MAX = 4096
 
-# Sections of the contract that this version does not build: only their defaults are accepted.
-_NOT_BUILT = ("tasks.keep_transcripts",)
-
 
 class SettingsError(Exception):
     """The configuration, the home folder or the token cannot be used. `problems` are sentences for the user."""
@@ -178,7 +175,7 @@ def check_settings(settings: Settings) -> list[str]:
         if not Path(root).expanduser().is_absolute():
             problems.append(f"catalog.file_roots[{index}]: {root!r} is no absolute path")
     problems += list_problems(settings.policy.outbound)
-    return problems + list(_not_built_problems(settings))
+    return problems
 
 
 def _repeated(section: str, key: str, values: list[str]) -> Iterator[str]:
@@ -246,27 +243,6 @@ def _pool_device_problems(where: str, pool: PoolSettings, devices: list[DeviceSe
         yield f"{where}.replicas: a replica that is split over the pool's devices is its only one"
     if are_on_one_card(ids, devices or []):  # a mask that names a card twice leaves the worker without any
         yield f"{where}.tensor_split: splits over several cards; some of these devices are on the same one"
-
-
-def _not_built_problems(settings: Settings) -> Iterator[str]:
-    given, default = msgspec.to_builtins(settings), msgspec.to_builtins(Settings())
-    for path in _NOT_BUILT:
-        a, b = given, default
-        for part in path.split("."):
-            a, b = a[part], b[part]
-        yield from (_not_built(changed) for changed in _changed(a, b, path))
-
-
-def _changed(given: Any, default: Any, path: str) -> Iterator[str]:
-    if isinstance(given, dict) and isinstance(default, dict):
-        for key in given:
-            yield from _changed(given[key], default.get(key), f"{path}.{key}")
-    elif given != default:
-        yield path
-
-
-def _not_built(path: str) -> str:
-    return f"{path}: is not built in this version; leave it out"
 
 
 # --- home folder and token ----------------------------------------------------------------------------------------

@@ -47,6 +47,7 @@ from llama_orch.errors import (
     UpstreamFailed,
 )
 
+from .artifacts_fake import FakeArtifacts
 from .catalog_fake import FakeCatalog
 
 SECRET = "hunter2-in-an-exception"
@@ -118,8 +119,9 @@ class FakePool:
         self.model, self.loads, self.deadlines_ms = self.loads, None, []
 
 
-class FakeService:
+class FakeService(FakeArtifacts):
     def __init__(self) -> None:
+        super().__init__(forever=ENDING_TASK)
         self.pools = {name: FakePool() for name in ("default", SPARE_POOL, MISSHAPEN_POOL)}
         self.requests: dict[str, TaskRequest] = {}
         self.readers: dict[str, FakeReader] = {}

@@ -75,7 +75,7 @@ def test_every_operation_succeeds_as_the_contract_says(checking_server: Server, 
     """Each operation reaches its handler and answers with its success status and a valid body."""
     checking_server.service.catalog.restore()
     answer = checking_server.call(op.method, a_target(op.path), body=body_for(op))
-    assert answer.http_status == (201 if op.operation_id == "createCatalogModel" else min(op.statuses))
+    assert answer.http_status in [status for status in op.statuses if status < 300]
     assert answer.correlation_id
 
 

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from llama_orch.api.documents import document_bytes
 from llama_orch.contract.models import (
+    Artifact,
     CatalogModelRequest,
     DrainRequest,
     ModelStateRequest,
@@ -115,14 +116,17 @@ MODEL = {
     "signatures": [{"signer": "somebody", "digest": DIGEST, "signature": "c2ln"}],
     "sbom": {"format": "SPDX", "url": "https://example.org/s", "digest": DIGEST, "model_digest": None},
 }
+ARTIFACT = {"kind": "plan", "content": {"a": [1]}, "tags": ["t"], "parent": "x", "metadata": {"m": None}}
 BODIES = [
     Body(TaskRequest, TASK, ("model_ref",), examples=1000),
+    Body(Artifact, ARTIFACT, ("kind", "content"), examples=500),
     Body(DrainRequest, {"deadline_ms": 30000}, ("deadline_ms",), examples=200),
     Body(CatalogModelRequest, MODEL, ("id", "source_url"), examples=500),
     Body(ModelStateRequest, {"state": "Retired", "deadline_ms": 30000}, ("state",), examples=200),
     Body(ReloadRequest, {"new_model_ref": "builtin:tiny"}, ("new_model_ref",), examples=200),
 ]
 WRONG = {
+    Artifact: [{"kind": "x"}, {"content": []}, {"tags": None}, {"tags": [""]}, {"tags": ["t"] * 65}, {"metadata": 1}],
     TaskRequest: [{"seed": 2**63}, {"task_id": "x"}, {"x": 1}, {"sampling": None}, {"kv_hint": "x"}],
     DrainRequest: [{"deadline_ms": -1}, {"deadline_ms": 604800001}, {"deadline_ms": None}, {"deadline": 1}],
     CatalogModelRequest: [{"id": "a/b"}, {"id": "a\n"}, {"digest": "sha256:"}, {"tags": None}, {"sbom": {}}],

@@ -210,7 +210,7 @@ def last_frame(client: httpx.Client, task_id: str) -> str:
 
 def run_one_of_each(client: httpx.Client, service: LiveService) -> None:
     """Every form of prompt, both priorities, a refusal, a wait, a cancel, a wait that was predicted, a reload, a
-    verification, and the loss of a worker."""
+    decision about a request to elsewhere, a verification, and the loss of a worker."""
     until(lambda: all(pool["ready"] for pool in client.get("/v1/pools").json()["items"]))
     full = client.get("/v1/pools/full").json()["model"]
     for body in (
@@ -234,7 +234,7 @@ def run_one_of_each(client: httpx.Client, service: LiveService) -> None:
     assert client.post("/v1/catalog/models", json={"id": "m", "source_url": "builtin:tiny"}).status_code == 201
     assert client.post("/v1/catalog/models/m/verify").status_code == 202
     until(lambda: client.get("/v1/catalog/models/m").json()["verification"]["state"] == "done")
-    assert client.post("/v1/policy/outbound/check", json={"url": "http://127.0.0.1/"}).status_code == 200
+    assert client.post("/v1/policy/outbound/check", json={"url": "http://127.0.0.1/"}).json()["allowed"] is False
     workers = children(service.pid)
     several = [submit(client, prompt="Once upon a time", max_tokens=2000) for _ in range(6)]  # one of them runs
     for worker in workers:

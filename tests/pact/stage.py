@@ -30,6 +30,8 @@ from llama_orch.outbound.plugins import OutboundRequest, Plugins, Rewrite, hooki
 from llama_orch.runtime.orchestrator import Orchestrator
 from llama_orch.runtime.plan import make_plan
 from llama_orch.runtime.wiring import wire
+from llama_orch.stores.artifacts import ArtifactStore
+from llama_orch.stores.database import Database
 from tests.api.harness import serving_app
 from tests.live.client import until
 from tests.live.elsewhere import elsewhere
@@ -102,6 +104,7 @@ class _Service:
     installation: Installation
     engine: SimulatedEngine | LlamaCppEngine
     orchestrator: Orchestrator
+    artifacts: ArtifactStore
     app: Any
     running: asyncio.Task[None]
 
@@ -111,6 +114,7 @@ class Stage:
     server's."""
 
     def __init__(self, folder: Path, there: str) -> None:
+        self._folder = folder
         self.there = there  # another machine
         self._digests = Digests(folder / "digests.json")
         self._is_up = Event()
@@ -136,7 +140,9 @@ class Stage:
 
     def submit(self, **fields: object) -> str:
         """A task with these fields of a TaskRequest; a short story where they do not say otherwise. Returns its ID."""
-        story = {"model_ref": "builtin:tiny", "max_tokens": 8}
+        story: dict[str, object] = {"model_ref": "builtin:tiny"}
+        if fields.get("workload", "completion") == "completion":
+            story["max_tokens"] = 8
         if not fields.keys() & {"prompt", "inputs", "messages"}:
             story["prompt"] = "Once upon a time"
         answer = self.http.post("/v1/tasks", json=story | fields)
@@ -189,10 +195,14 @@ class Stage:
         settings, engine = installation.settings, installation.build_engine()
         engines, sources = {installation.engine: engine}, discover(settings.devices, lambda uuids: False)
         plan = make_plan(settings, engines, sources)
-        orchestrator, service = wire(settings, engines, plan, self._digest, SystemClock(), plugins=installation.plugins)
+        clock, home = SystemClock(), Path(tempfile.mkdtemp(dir=self._folder))
+        artifacts = ArtifactStore(Database(home / "state.sqlite3"), home / "artifacts", clock.wall)
+        orchestrator, service = wire(
+            settings, engines, plan, self._digest, clock, artifacts=artifacts, plugins=installation.plugins
+        )
         app = build_app(service, token=TOKEN, settings=settings)
         running = asyncio.create_task(orchestrator.run())
-        self._service = _Service(installation, engine, orchestrator, app, running)
+        self._service = _Service(installation, engine, orchestrator, artifacts, app, running)
 
     async def _digest(self, path: Path) -> str:
         return await asyncio.to_thread(self._digests.of, path)
@@ -202,6 +212,7 @@ class Stage:
         if service is not None:
             service.running.cancel()
             await asyncio.wait((service.running,))
+            service.artifacts.database.close()
 
     async def _act(self, act: Callable[[SimulatedWorker], None]) -> None:
         engine = self._at_work().engine

@@ -5,12 +5,16 @@ A test's name is its interaction's description. tests/pact/states.py holds what 
 
 from __future__ import annotations
 
+import hashlib
+
 import msgspec
 import pytest
 from msgspec import UNSET
 
 from llama_orch.client import ApiError, Client, Frame
 from llama_orch.contract.models import (
+    Artifact,
+    ArtifactKind,
     CatalogModelRequest,
     Determinism,
     DrainRequest,
@@ -26,12 +30,14 @@ from llama_orch.contract.models import (
     OutboundCheck,
     Priority,
     ReloadRequest,
+    Sampling,
     StartedFrame,
     TaskRequest,
     TaskState,
     TokenFrame,
     VerificationOutcome,
     VerificationState,
+    Workload,
 )
 from pact import match
 from tests.pact.exchange import (
@@ -63,6 +69,12 @@ MODEL = "builtin:tiny"
 TASK = TaskRequest(task_id=TASK_ID, model_ref=MODEL, prompt="Once upon a time", max_tokens=8, seed=7)
 ON_LLAMACPP = msgspec.structs.replace(
     TASK, engine="llamacpp", determinism=Determinism.STRICT, sampler_profile_version="greedy-v1"
+)
+EMBEDDING = TaskRequest(
+    task_id=TASK_ID, model_ref=MODEL, workload=Workload.EMBEDDING, inputs=["a red fox", "an old dog"], seed=7
+)
+RANKING = TaskRequest(
+    task_id=TASK_ID, model_ref=MODEL, workload=Workload.RERANK, inputs=["red fox", "a red fox", "an old dog"], seed=7
 )
 PATH = f"/v1/tasks/{TASK_ID}"
 
@@ -191,6 +203,39 @@ def test_a_prompt_over_the_context_is_refused(exchange: Exchange) -> None:
     exchange.gets(400, error("INVALID_PARAMS", engine="llamacpp", details=details))
     with exchange.client() as client:
         assert refusal(client, long).error.details == {"prompt_tokens": 402, "pool_ctx": 256}
+
+
+def test_a_workload_that_no_pool_can_do_is_refused(exchange: Exchange) -> None:
+    """400 with the pools that can, of which there are none here."""
+    ranking = msgspec.structs.replace(RANKING, engine="llamacpp")
+    exchange.given("an idle pool on llamacpp")
+    exchange.asks("POST", "/v1/tasks", body=ranking)
+    details = {"workload": "rerank", "pools_able": []}
+    exchange.gets(400, error("INVALID_PARAMS", engine="llamacpp", details=details))
+    with exchange.client() as client:
+        assert refusal(client, ranking).error.details == details
+
+
+def test_what_an_embedding_has_no_use_of_is_refused(exchange: Exchange) -> None:
+    """400, and the field's name."""
+    limited = msgspec.structs.replace(EMBEDDING, max_tokens=8)
+    exchange.given("an idle pool")
+    exchange.asks("POST", "/v1/tasks", body=limited)
+    hint = match.regex("`max_tokens` is about text that is written; leave it out", regex=r".*`max_tokens`.*")
+    exchange.gets(400, error("INVALID_PARAMS", message=hint))
+    with exchange.client() as client:
+        assert "max_tokens" in refusal(client, limited).error.message
+
+
+def test_a_schema_that_cannot_be_kept_is_refused(exchange: Exchange) -> None:
+    """400 with the keyword and its place."""
+    asked = msgspec.structs.replace(ON_LLAMACPP, sampling=Sampling(json_schema={"not": {"type": "string"}}))
+    exchange.given("an idle pool on llamacpp")
+    exchange.asks("POST", "/v1/tasks", body=asked)
+    hint = match.regex("`sampling.json_schema` is refused: at # there is 'not'", regex=r".*json_schema.* 'not'.*")
+    exchange.gets(400, error("INVALID_PARAMS", message=hint, engine=match.type(None)))
+    with exchange.client() as client:
+        assert "'not'" in refusal(client, asked).error.message
 
 
 def test_a_wrong_token_is_refused(exchange: Exchange) -> None:
@@ -450,6 +495,39 @@ def test_a_live_stream_of_llamacpp_names_what_repeats_the_run(exchange: Exchange
     )
     frames = any_of(TOKEN_FRAME, METRICS)
     assert streams(exchange, STORY, stream_of(STARTED, frames, word, frames, last))[-1] == END_FRAME
+
+
+def test_an_embeddings_vectors_are_on_its_end(exchange: Exchange) -> None:
+    """One for each input, and no tokens."""
+    exchange.given("a task has succeeded", **fields_of(EMBEDDING))
+    numbers = r"-?\d[^\],]*(,-?\d[^\],]*)*"
+    last = end(tokens_out="0", finish_reason='"stop"', embeddings=rf"\[\[{numbers}\],\[{numbers}\]\]")
+    done = msgspec.structs.replace(END_FRAME, tokens_out=0, finish_reason=FinishReason.STOP, decode_time_ms=0)
+    done = msgspec.structs.replace(done, embeddings=[[0.6, -0.8], [1.0, 0.0]])
+    frames = streams(exchange, [STARTED_FRAME, METRICS_FRAME, done], stream_of(STARTED, METRICS, last))
+    assert frames == [STARTED_FRAME, METRICS_FRAME, done]
+
+
+def test_a_rankings_scores_are_on_its_end(exchange: Exchange) -> None:
+    """One for each document, which are the inputs behind the query."""
+    exchange.given("a task has succeeded", **fields_of(RANKING))
+    last = end(tokens_out="0", finish_reason='"stop"', scores=r"\[-?\d[^\],]*,-?\d[^\],]*\]")
+    done = msgspec.structs.replace(END_FRAME, tokens_out=0, finish_reason=FinishReason.STOP, decode_time_ms=0)
+    done = msgspec.structs.replace(done, scores=[1.0, 0.25])
+    frames = streams(exchange, [STARTED_FRAME, METRICS_FRAME, done], stream_of(STARTED, METRICS, last))
+    assert frames == [STARTED_FRAME, METRICS_FRAME, done]
+
+
+def test_an_answer_matches_its_schema(exchange: Exchange) -> None:
+    """Real words of a real model, in the form that was asked for."""
+    schema = {"enum": ["yes", "no"]}
+    asked = msgspec.structs.replace(ON_LLAMACPP, max_tokens=None, sampling=Sampling(json_schema=schema))
+    exchange.given("a task was submitted to llamacpp", **fields_of(asked))
+    word = frame("token", t=r'"[\\\"yeno]+"', i=COUNT)
+    example: list[Frame] = [STARTED_FRAME, TokenFrame(t='"yes"', i=0), METRICS_FRAME]
+    example.append(msgspec.structs.replace(END_FRAME, finish_reason=FinishReason.STOP))
+    frames = streams(exchange, example, stream_of(STARTED, any_of(word, METRICS), METRICS, end(finish_reason='"stop"')))
+    assert frames == example
 
 
 def test_a_stream_goes_on_behind_the_last_frame_that_came(exchange: Exchange) -> None:
@@ -1099,3 +1177,108 @@ def test_metrics_need_the_token(exchange: Exchange) -> None:
     exchange.gets(401, error("UNAUTHORIZED"), headers={"WWW-Authenticate": "Bearer"})
     with exchange.plain_client() as client:
         assert client.get("/metrics", headers={"Authorization": "Bearer wrong"}).status_code == 401
+
+
+# -- artifacts -------------------------------------------------------------------------------------------------------
+
+ROOT = Artifact(kind=ArtifactKind.PLAN, content={"steps": ["read", "write"]}, tags=["draft"])
+ROOT_ID = hashlib.sha256(b'{"steps":["read","write"]}').hexdigest()  # canonical JSON: any client can know it before
+CHILD = Artifact(kind=ArtifactKind.DIFF, content={"b": 1, "a": 2.5}, parent=ROOT_ID, metadata={"by": "me"})
+CHILD_ID = hashlib.sha256(b'{"a":2.5,"b":1}').hexdigest()
+ARTIFACT_PATH = f"/v1/artifacts/{ROOT_ID}"
+
+
+def reference(artifact: Artifact, artifact_id: str, size_bytes: int) -> dict[str, object]:
+    return {
+        "id": artifact_id,
+        "kind": artifact.kind.value,
+        "digest": f"sha256:{artifact_id}",
+        "created_ms": match.int(1767268800000),
+        "tags": artifact.tags or [],
+        "parent": artifact.parent,
+        "size_bytes": size_bytes,
+    }
+
+
+ROOT_REF = reference(ROOT, ROOT_ID, 26)
+
+
+def as_state(artifact: Artifact) -> dict[str, object]:
+    return dict(msgspec.to_builtins(artifact))
+
+
+def test_an_artifact_is_stored(exchange: Exchange) -> None:
+    """201, and its id is the digest of its content as canonical JSON."""
+    exchange.given("an idle pool")
+    exchange.asks("POST", "/v1/artifacts", body=ROOT)
+    exchange.gets(201, ROOT_REF)
+    with exchange.client() as client:
+        assert client.put_artifact(ROOT).id == ROOT_ID
+
+
+def test_an_artifact_that_is_there_is_answered_with_200(exchange: Exchange) -> None:
+    """The reference is the first one's, tags and all."""
+    again = msgspec.structs.replace(ROOT, kind=ArtifactKind.OTHER, tags=["other"])
+    exchange.given("an artifact is stored", **as_state(ROOT))
+    exchange.asks("POST", "/v1/artifacts", body=again)
+    exchange.gets(200, ROOT_REF)
+    with exchange.client() as client:
+        assert client.put_artifact(again).tags == ["draft"]
+
+
+def test_an_artifact_has_a_parent(exchange: Exchange) -> None:
+    """The lineage is on the reference."""
+    exchange.given("an artifact is stored", **as_state(ROOT))
+    exchange.asks("POST", "/v1/artifacts", body=CHILD)
+    exchange.gets(201, reference(msgspec.structs.replace(CHILD, tags=[]), CHILD_ID, 15))
+    with exchange.client() as client:
+        assert client.put_artifact(CHILD).parent == ROOT_ID
+
+
+def test_an_unknown_parent_is_not_found(exchange: Exchange) -> None:
+    """404, and nothing is stored."""
+    exchange.given("an idle pool")
+    exchange.asks("POST", "/v1/artifacts", body=CHILD)
+    exchange.gets(404, error("NOT_FOUND"))
+    with exchange.client() as client, pytest.raises(ApiError) as caught:
+        client.put_artifact(CHILD)
+    assert caught.value.code is ErrorCode.NOT_FOUND
+
+
+def test_an_artifact_is_read(exchange: Exchange) -> None:
+    """With its content and what was said about it."""
+    exchange.given("an artifact is stored", **as_state(ROOT))
+    exchange.asks("GET", ARTIFACT_PATH)
+    exchange.gets(200, {**ROOT_REF, "content": ROOT.content, "metadata": {}})
+    with exchange.client() as client:
+        assert client.get_artifact(ROOT_ID).content == ROOT.content
+
+
+def test_artifacts_are_listed_by_kind_and_tag(exchange: Exchange) -> None:
+    """References, newest first."""
+    exchange.given("an artifact is stored", **as_state(ROOT))
+    exchange.asks("GET", "/v1/artifacts", query={"kind": "plan", "tag": "draft", "limit": "2"})
+    exchange.gets(200, {"items": [ROOT_REF], "next_cursor": None})
+    with exchange.client() as client:
+        assert [ref.id for ref in client.list_artifacts(kind=ArtifactKind.PLAN, tag="draft", limit=2).items] == [
+            ROOT_ID
+        ]
+
+
+def test_an_artifact_is_deleted(exchange: Exchange) -> None:
+    """204."""
+    exchange.given("an artifact is stored", **as_state(ROOT))
+    exchange.asks("DELETE", ARTIFACT_PATH)
+    exchange.gets(204)
+    with exchange.client() as client:
+        client.delete_artifact(ROOT_ID)
+
+
+def test_an_unknown_artifact_is_not_found(exchange: Exchange) -> None:
+    """404."""
+    exchange.given("an idle pool")
+    exchange.asks("GET", ARTIFACT_PATH)
+    exchange.gets(404, error("NOT_FOUND"))
+    with exchange.client() as client, pytest.raises(ApiError) as caught:
+        client.get_artifact(ROOT_ID)
+    assert caught.value.code is ErrorCode.NOT_FOUND

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gzip
+import tracemalloc
 import zlib
 from typing import Any
 
@@ -127,6 +128,21 @@ async def test_bodies_that_cannot_be_unpacked(body: bytes, encoding: str, says: 
         answer = typed(body, "text/plain", f"Content-Encoding: {encoding}")
         with pytest.raises(UpstreamFailed, match=says):
             await fetch(machine, answer, max_bytes=100_000)
+
+
+@on_sockets
+async def test_a_bomb_takes_no_room() -> None:
+    """What is unpacked is bounded while it is unpacked, and not looked at afterwards."""
+    bomb = typed(gzip.compress(b"\0" * 50_000_000), "text/plain", "Content-Encoding: gzip")
+    async with a_machine() as machine:
+        tracemalloc.start()
+        try:
+            with pytest.raises(UpstreamFailed):
+                await fetch(machine, bomb, max_bytes=100_000)
+            _, peak_bytes = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+    assert peak_bytes < 10_000_000
 
 
 @on_sockets

@@ -10,6 +10,7 @@ from connexion.middleware.security import SecurityMiddleware
 from connexion.resolver import Resolver
 from starlette.types import ASGIApp
 
+from llama_orch.api.artifacts import Artifacts
 from llama_orch.api.auth import security_map
 from llama_orch.api.catalog import Catalog
 from llama_orch.api.documents import Documents, merged_document
@@ -25,7 +26,7 @@ from llama_orch.contract.config import Settings
 from llama_orch.contract.operations import Handlers
 
 
-class Api(Tasks, Sessions, Catalog, Pools, Outbound, System):
+class Api(Tasks, Sessions, Catalog, Pools, Artifacts, Outbound, System):
     """One method per operation of the contract."""
 
     def __init__(self, service: Service) -> None:

@@ -9,7 +9,20 @@ from typing import Annotated
 import typer
 
 from llama_orch import __version__
-from llama_orch.cli import capabilities, config, models, pools, run, serve, sessions, simulate, tasks, token
+from llama_orch.cli import (
+    artifacts,
+    backup,
+    capabilities,
+    config,
+    models,
+    pools,
+    run,
+    serve,
+    sessions,
+    simulate,
+    tasks,
+    token,
+)
 
 # Plain help: typer's decorated one loads rich first, and its decorated tracebacks show local values, so also tokens.
 app = typer.Typer(
@@ -48,6 +61,9 @@ app.add_typer(tasks.app, name="tasks")
 app.add_typer(sessions.app, name="sessions")
 app.add_typer(pools.app, name="pools")
 app.add_typer(models.app, name="models")
+app.add_typer(artifacts.app, name="artifacts")
+app.command()(backup.backup)
+app.command()(backup.restore)
 app.command()(capabilities.capabilities)
 app.command()(token.token)
 app.command()(simulate.simulate)

@@ -17,6 +17,10 @@ from llama_orch.client.reading import Answer, Frame, Reading, answer_of
 from llama_orch.client.retry import ATTEMPTS_MAX, WAIT_MAX_S, Attempts, Patience
 from llama_orch.contract.models import (
     AdmissionResponse,
+    Artifact,
+    ArtifactKind,
+    ArtifactList,
+    ArtifactRef,
     Capabilities,
     CatalogModel,
     CatalogModelList,
@@ -31,6 +35,7 @@ from llama_orch.contract.models import (
     PoolHealth,
     PoolList,
     SessionInfo,
+    StoredArtifact,
     TaskList,
     TaskRequest,
     TaskState,
@@ -169,6 +174,31 @@ class AsyncClient:
     ) -> CatalogModel:
         """Retire a model, or make it active again. `deadline_ms`: how long tasks of a retired one may still take."""
         return await self._call(calls.put_model_in_state(model_id, state, deadline_ms))
+
+    # -- artifacts ---------------------------------------------------------------------------------------------------
+
+    async def put_artifact(self, artifact: Artifact) -> ArtifactRef:
+        """Store an artifact; equal content is one artifact. Once this returns it is on the service's disk."""
+        return await self._call(calls.put_artifact(artifact))
+
+    async def get_artifact(self, artifact_id: str) -> StoredArtifact:
+        return await self._call(calls.get_artifact(artifact_id))
+
+    async def list_artifacts(
+        self,
+        *,
+        kind: ArtifactKind | None = None,
+        tag: str | None = None,
+        parent: str | None = None,
+        limit: int | None = None,
+        cursor: str | None = None,
+    ) -> ArtifactList:
+        """One page, newest first; `next_cursor` of the answer leads to the next."""
+        return await self._call(calls.list_artifacts(kind, tag, parent, limit, cursor))
+
+    async def delete_artifact(self, artifact_id: str) -> None:
+        """Delete the artifact. Those that come from it stay. Where the connection breaks it may be gone."""
+        await self._call(calls.delete_artifact(artifact_id))
 
     # -- pools and the installation ----------------------------------------------------------------------------------
 

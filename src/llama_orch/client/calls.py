@@ -12,6 +12,10 @@ import msgspec
 
 from llama_orch.contract.models import (
     AdmissionResponse,
+    Artifact,
+    ArtifactKind,
+    ArtifactList,
+    ArtifactRef,
     Capabilities,
     CatalogModel,
     CatalogModelList,
@@ -30,6 +34,7 @@ from llama_orch.contract.models import (
     PoolList,
     ReloadRequest,
     SessionInfo,
+    StoredArtifact,
     TaskList,
     TaskRequest,
     TaskState,
@@ -97,6 +102,30 @@ def stream(task_id: str, last_event_id: str) -> Call[None]:
     """`last_event_id`: of the last frame that the caller has, empty for none."""
     headers = {"Accept": "text/event-stream"} | ({"Last-Event-ID": last_event_id} if last_event_id else {})
     return Call("GET", f"{task_path(task_id)}/stream", None, headers=headers)
+
+
+# -- artifacts -------------------------------------------------------------------------------------------------------
+
+
+def put_artifact(artifact: Artifact) -> Call[ArtifactRef]:
+    """Repeatable: equal content is one artifact."""
+    return Call("POST", "/v1/artifacts", ArtifactRef, artifact)
+
+
+def get_artifact(artifact_id: str) -> Call[StoredArtifact]:
+    return Call("GET", _artifact_path(artifact_id), StoredArtifact)
+
+
+def list_artifacts(
+    kind: ArtifactKind | None, tag: str | None, parent: str | None, limit: int | None, cursor: str | None
+) -> Call[ArtifactList]:
+    query = {"kind": kind, "tag": tag, "parent": parent, "limit": limit, "cursor": cursor}
+    return Call("GET", "/v1/artifacts", ArtifactList, query=query)
+
+
+def delete_artifact(artifact_id: str) -> Call[None]:
+    """Not repeatable: where the connection broke it may be gone, and the repeat would not find it."""
+    return Call("DELETE", _artifact_path(artifact_id), None, is_repeatable=False)
 
 
 # -- sessions --------------------------------------------------------------------------------------------------------
@@ -186,6 +215,10 @@ def capabilities() -> Call[Capabilities]:
 
 def task_path(task_id: str) -> str:
     return f"/v1/tasks/{_quoted(task_id)}"
+
+
+def _artifact_path(artifact_id: str) -> str:
+    return f"/v1/artifacts/{_quoted(artifact_id)}"
 
 
 def _pool_path(pool_id: str) -> str:

@@ -114,7 +114,7 @@ class TasksSettings(Struct, kw_only=True, frozen=True, forbid_unknown_fields=Tru
     """What is kept of tasks, and for how long."""
 
     retain_ms: Annotated[int, Meta(ge=0, le=9223372036854775807)] = 600000  # Ended tasks and their streams stay readable for this long.
-    keep_transcripts: bool = False
+    keep_transcripts: bool = False  # Keep every finished stream as a `trace` artifact, unless its task says otherwise.
     decode_idle_timeout_ms: Annotated[int, Meta(ge=100, le=9223372036854775807)] = 60000  # A worker that makes no token for this long is replaced.
 
 

@@ -13,7 +13,7 @@ Uuid = Annotated[str, Meta(pattern='^[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA
 
 
 class Workload(StrEnum):
-    """The kind of work."""
+    """The kind of work. `embedding` turns each text into a vector and `rerank` scores documents against a query; they write no text, so `messages`, `sampling`, `max_tokens` and `expected_tokens` are refused, and `seed` and `sampler_profile_version` change nothing. Their result is on the `end` frame."""
 
     COMPLETION = 'completion'
     EMBEDDING = 'embedding'
@@ -43,8 +43,8 @@ class Sampling(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
     min_p: Annotated[float, Meta(ge=0, le=1)] | None = None
     repeat_penalty: Annotated[float, Meta(ge=0.01, le=10)] | None = None
     stop: Annotated[list[Annotated[str, Meta(min_length=1, max_length=256)]], Meta(max_length=16)] | None = None  # Texts that end the answer; they are not part of it.
-    json_schema: dict[str, Any] | None = None  # A JSON Schema that the answer must match.
-    grammar: Annotated[str, Meta(max_length=65536)] | None = None  # A GBNF grammar that the answer must match.
+    json_schema: dict[str, Any] | None = None  # A JSON Schema that the answer must match, unless a length limit ends it. What cannot be kept of a schema is refused by name. Only one of `json_schema` and `grammar` may be given.
+    grammar: Annotated[str, Meta(max_length=65536)] | None = None  # A GBNF grammar that the answer must match, unless a length limit ends it.
 
 
 class ChatRole(StrEnum):
@@ -83,14 +83,14 @@ class TaskRequest(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True)
     determinism: Determinism = Determinism.STRICT
     sampler_profile_version: Annotated[str, Meta(min_length=1, max_length=64)] | None = None  # The pool's when absent.
     sampling: Sampling | UnsetType = UNSET
-    prompt: Annotated[str, Meta(min_length=1, max_length=4000000)] | None = None  # Raw text, given to the model as it is.
-    inputs: Annotated[list[Annotated[str, Meta(min_length=1, max_length=4000000)]], Meta(min_length=1, max_length=256)] | None = None  # Several prompts, run in order as one task.
-    messages: Annotated[list[ChatMessage], Meta(min_length=1, max_length=1024)] | None = None  # A conversation; the model's own chat template makes the prompt.
-    max_tokens: Annotated[int, Meta(ge=1, le=2147483647)] | None = None  # The pool's default when absent.
+    prompt: Annotated[str, Meta(min_length=1, max_length=4000000)] | None = None  # Raw text, given to the model as it is. Not for workload `rerank`.
+    inputs: Annotated[list[Annotated[str, Meta(min_length=1, max_length=4000000)]], Meta(min_length=1, max_length=256)] | None = None  # Several prompts, run in order as one task. Of workload `rerank`: the query, then the documents.
+    messages: Annotated[list[ChatMessage], Meta(min_length=1, max_length=1024)] | None = None  # A conversation; the model's own chat template makes the prompt. Only for completions.
+    max_tokens: Annotated[int, Meta(ge=1, le=2147483647)] | None = None  # The pool's default when absent. Only for completions.
     deadline_ms: Annotated[int, Meta(ge=1, le=31536000000)] | None = None  # From admission to the last token.
     expected_tokens: Annotated[int, Meta(ge=1, le=2147483647)] | None = None  # The client's guess of the answer's length, for predictions.
     kv_hint: KvHint | None = None
-    keep_transcript: bool | None = None  # Keep the stream as an artifact. Refused where the service has no artifact store.
+    keep_transcript: bool | None = None  # Keep the finished stream, without its `metrics` frames, as a `trace` artifact with the tag `task:` and the task_id. `tasks.keep_transcripts` of the configuration when absent.
 
 
 class AdmissionResponse(Struct, kw_only=True, frozen=True):
@@ -223,7 +223,7 @@ class MetricsFrame(Struct, kw_only=True, frozen=True):
     predicted_start_ms: Annotated[int, Meta(ge=0, le=9223372036854775807)] | None
     tokens_in: Annotated[int, Meta(ge=0, le=9223372036854775807)]
     tokens_out: Annotated[int, Meta(ge=0, le=9223372036854775807)]
-    on_time_probability: Annotated[float, Meta(ge=0, le=1)] | None  # Null without a deadline or before anything was measured.
+    on_time_probability: Annotated[float, Meta(ge=0, le=1)] | None  # Chance that the task ends before its deadline: of those that are told about 0.8, about 80 % do. Null without a deadline or before anything was measured.
     kv_warmth: bool  # Whether cached context was used.
     tokens_budget_remaining: Annotated[int, Meta(ge=0, le=9223372036854775807)] | None
     time_budget_remaining_ms: Annotated[int, Meta(ge=0, le=9223372036854775807)] | None
@@ -250,6 +250,8 @@ class EndFrame(Struct, kw_only=True, frozen=True):
     engine_version: str
     sampler_profile_version: str
     kv_warmth: bool
+    embeddings: list[list[float]] | UnsetType = UNSET  # Only of workload `embedding`: one vector for each input, in their order, each of length 1.
+    scores: list[float] | UnsetType = UNSET  # Only of workload `rerank`: one number for each document, in their order; the higher the better.
 
 
 class StreamEvent(Struct, kw_only=True, frozen=True):
@@ -648,6 +650,59 @@ class FetchResult(Struct, kw_only=True, frozen=True):
     text: str  # The body, in the charset that it names, else UTF-8.
     url: str  # Where it came from in the end.
     audit_id: Uuid  # Finds the decisions in the log.
+
+
+class ArtifactKind(StrEnum):
+    """What an artifact is for. The service itself writes `trace` for transcripts."""
+
+    PLAN = 'plan'
+    SUMMARY = 'summary'
+    DIFF = 'diff'
+    TRACE = 'trace'
+    OTHER = 'other'
+
+
+class Artifact(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
+    """What to store. Whole numbers have at most 64 bits; nothing is nested deeper than 100."""
+
+    kind: ArtifactKind
+    content: dict[str, Any]  # Anything, up to 4 MiB as canonical JSON.
+    tags: Annotated[list[Annotated[str, Meta(min_length=1, max_length=128)]], Meta(max_length=64)] | UnsetType = UNSET  # To find it by.
+    parent: Annotated[str, Meta(min_length=1, max_length=128)] | None = None  # The id of the artifact that it comes from.
+    metadata: dict[str, Any] | UnsetType = UNSET  # What is said about it, up to 64 KiB; no part of its id.
+
+
+class ArtifactRef(Struct, kw_only=True, frozen=True):
+    """What an artifact is known by, without its content."""
+
+    id: str  # The SHA-256 of the content, in hexadecimal.
+    kind: ArtifactKind
+    digest: str  # `sha256:` and the id.
+    created_ms: Annotated[int, Meta(ge=0, le=9223372036854775807)]  # Milliseconds since 1970-01-01 in UTC.
+    tags: list[str]  # In order, each once.
+    parent: str | None
+    size_bytes: Annotated[int, Meta(ge=0, le=9223372036854775807)]  # Of the content as canonical JSON.
+
+
+class ArtifactList(Struct, kw_only=True, frozen=True):
+    """One page of artifacts."""
+
+    items: list[ArtifactRef]
+    next_cursor: str | None
+
+
+class StoredArtifact(Struct, kw_only=True, frozen=True):
+    """An artifact as it was stored, with its reference."""
+
+    id: str  # The SHA-256 of the content, in hexadecimal.
+    kind: ArtifactKind
+    digest: str  # `sha256:` and the id.
+    created_ms: Annotated[int, Meta(ge=0, le=9223372036854775807)]  # Milliseconds since 1970-01-01 in UTC.
+    tags: list[str]  # In order, each once.
+    parent: str | None
+    size_bytes: Annotated[int, Meta(ge=0, le=9223372036854775807)]  # Of the content as canonical JSON.
+    content: dict[str, Any]
+    metadata: dict[str, Any]
 
 
 class Healthz(Struct, kw_only=True, frozen=True):

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, NamedTuple, Protocol
 
 from msgspec import Meta
 
-from .models import CatalogModelRequest, DrainRequest, FetchRequest, ModelStateRequest, OutboundCheck, ReloadRequest, TaskRequest, TaskState, Uuid
+from .models import Artifact, ArtifactKind, CatalogModelRequest, DrainRequest, FetchRequest, ModelStateRequest, OutboundCheck, ReloadRequest, TaskRequest, TaskState, Uuid
 
 API_VERSION = '2.3.0'
 
@@ -70,6 +70,22 @@ OPERATIONS: dict[str, Operation] = {
             Parameter('cursor', 'query', Annotated[str, Meta(min_length=1, max_length=200)], False, None),
         ),
         (200, 400, 401, 403), is_open=False,
+    ),
+    'listArtifacts': Operation(
+        'listArtifacts', 'control', 'GET', '/v1/artifacts', None,
+        (
+            Parameter('kind', 'query', ArtifactKind, False, None),
+            Parameter('tag', 'query', Annotated[str, Meta(min_length=1, max_length=128)], False, None),
+            Parameter('parent', 'query', Annotated[str, Meta(min_length=1, max_length=128)], False, None),
+            Parameter('limit', 'query', Annotated[int, Meta(ge=1, le=200)], False, 50),
+            Parameter('cursor', 'query', Annotated[str, Meta(min_length=1, max_length=200)], False, None),
+        ),
+        (200, 400, 401, 403, 507), is_open=False,
+    ),
+    'createArtifact': Operation(
+        'createArtifact', 'control', 'POST', '/v1/artifacts', Artifact,
+        (),
+        (200, 201, 400, 401, 403, 404, 413, 415, 507), is_open=False,
     ),
     'listCatalogModels': Operation(
         'listCatalogModels', 'control', 'GET', '/v1/catalog/models', None,
@@ -164,6 +180,20 @@ OPERATIONS: dict[str, Operation] = {
         ),
         (200, 400, 401, 403, 404), is_open=False,
     ),
+    'getArtifact': Operation(
+        'getArtifact', 'control', 'GET', '/v1/artifacts/{id}', None,
+        (
+            Parameter('id', 'path', Annotated[str, Meta(min_length=1, max_length=128)], True, None),
+        ),
+        (200, 400, 401, 403, 404, 507), is_open=False,
+    ),
+    'deleteArtifact': Operation(
+        'deleteArtifact', 'control', 'DELETE', '/v1/artifacts/{id}', None,
+        (
+            Parameter('id', 'path', Annotated[str, Meta(min_length=1, max_length=128)], True, None),
+        ),
+        (204, 400, 401, 403, 404, 507), is_open=False,
+    ),
     'streamTask': Operation(
         'streamTask', 'data', 'GET', '/v1/tasks/{id}/stream', None,
         (
@@ -207,6 +237,7 @@ ALLOW: dict[str, str] = {
     '/v1/tasks': 'GET, HEAD, POST',
     '/v1/capabilities': 'GET, HEAD',
     '/v1/pools': 'GET, HEAD',
+    '/v1/artifacts': 'GET, HEAD, POST',
     '/v1/catalog/models': 'GET, HEAD, POST',
     '/v1/tools/fetch': 'POST',
     '/v1/policy/outbound/check': 'POST',
@@ -217,6 +248,7 @@ ALLOW: dict[str, str] = {
     '/v1/tasks/{id}': 'GET, HEAD',
     '/v1/sessions/{id}': 'DELETE, GET, HEAD',
     '/v1/pools/{id}': 'GET, HEAD',
+    '/v1/artifacts/{id}': 'DELETE, GET, HEAD',
     '/v1/tasks/{id}/stream': 'GET, HEAD',
     '/v1/tasks/{id}/cancel': 'POST',
     '/v1/pools/{id}/health': 'GET, HEAD',
@@ -234,6 +266,8 @@ class Handlers(Protocol):
     async def create_task(self, *, body: TaskRequest) -> Any: ...  # POST /v1/tasks
     async def get_capabilities(self) -> Any: ...  # GET /v1/capabilities
     async def list_pools(self, *, limit: Annotated[int, Meta(ge=1, le=200)], cursor: Annotated[str, Meta(min_length=1, max_length=200)] | None) -> Any: ...  # GET /v1/pools
+    async def list_artifacts(self, *, kind: ArtifactKind | None, tag: Annotated[str, Meta(min_length=1, max_length=128)] | None, parent: Annotated[str, Meta(min_length=1, max_length=128)] | None, limit: Annotated[int, Meta(ge=1, le=200)], cursor: Annotated[str, Meta(min_length=1, max_length=200)] | None) -> Any: ...  # GET /v1/artifacts
+    async def create_artifact(self, *, body: Artifact) -> Any: ...  # POST /v1/artifacts
     async def list_catalog_models(self, *, limit: Annotated[int, Meta(ge=1, le=200)], cursor: Annotated[str, Meta(min_length=1, max_length=200)] | None) -> Any: ...  # GET /v1/catalog/models
     async def create_catalog_model(self, *, body: CatalogModelRequest) -> Any: ...  # POST /v1/catalog/models
     async def fetch_url(self, *, body: FetchRequest) -> Any: ...  # POST /v1/tools/fetch
@@ -248,6 +282,8 @@ class Handlers(Protocol):
     async def get_session(self, *, id: Uuid) -> Any: ...  # GET /v1/sessions/{id}
     async def delete_session(self, *, id: Uuid) -> Any: ...  # DELETE /v1/sessions/{id}
     async def get_pool(self, *, id: Annotated[str, Meta(min_length=1, max_length=64)]) -> Any: ...  # GET /v1/pools/{id}
+    async def get_artifact(self, *, id: Annotated[str, Meta(min_length=1, max_length=128)]) -> Any: ...  # GET /v1/artifacts/{id}
+    async def delete_artifact(self, *, id: Annotated[str, Meta(min_length=1, max_length=128)]) -> Any: ...  # DELETE /v1/artifacts/{id}
     async def stream_task(self, *, id: Uuid) -> Any: ...  # GET /v1/tasks/{id}/stream
     async def cancel_task(self, *, id: Uuid) -> Any: ...  # POST /v1/tasks/{id}/cancel
     async def get_pool_health(self, *, id: Annotated[str, Meta(min_length=1, max_length=64)]) -> Any: ...  # GET /v1/pools/{id}/health

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -47,6 +48,8 @@ class Outcome:
     is_kv_warm: bool
     prefill_ms: float = 0.0
     tokens_cached: int = 0
+    embeddings: Sequence[Sequence[float]] | None = None  # one vector for each input, of embedding tasks
+    scores: Sequence[float] | None = None  # one for each document, of rerank tasks
 
 
 def request_digest(request: TaskRequest) -> bytes:
@@ -72,6 +75,7 @@ class Task:
     state: TaskState = TaskState.QUEUED
     lease: Lease | None = None  # outlives the state: held until the engine has let go of the slot
     replica_id: str | None = None
+    model_digest: str | None = None  # of what the replica had loaded when the task started there
     placement: str | None = None
     started_s: float | None = None
     ended_s: float | None = None

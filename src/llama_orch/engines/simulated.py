@@ -8,6 +8,7 @@ real engine's end looks like. Nothing here is random: all follows from the jobs,
 from __future__ import annotations
 
 import asyncio
+import itertools
 import random
 from collections.abc import AsyncGenerator, Callable, Iterator
 from dataclasses import dataclass
@@ -21,14 +22,19 @@ from llama_orch.engines.base import (
     Job,
     JobRefused,
     LoadFailed,
+    Offer,
+    Reading,
+    ReadJob,
     ReplicaSpec,
     WorkerFacts,
     WorkerLost,
     load_failed,
 )
+from llama_orch.engines.simulated_text import shared_tokens, vector_of
 from llama_orch.workers.stop_strings import StopStrings
 
 _VERSION = "1"
+_FEATURES = ("chat", "kv_reuse", "min_p")
 _SYLLABLES = ("ka", "lo", "mi", "ren", "su", "té", "vor", "ya", "zel", "ño", "日", "ön")
 _PROMPT_STEP = 512  # tokens of a prompt between two looks at who else is at work
 LOAD_SILENCE_S = 120.0  # as engines.process: a load that says nothing for this long has failed
@@ -51,7 +57,8 @@ class ServiceModel:
     decode_s_per_token: float = 0.02
     cancel_s: float = 0.0  # from the cancel to the free slot
     unload_s: float = 0.0  # from the stop to the free memory
-    mean_tokens: int | None = None  # of an answer; None: every answer runs to its max_tokens
+    mean_tokens: int | None = None  # of an answer, geometric; None: every answer runs to its max_tokens
+    uniform_tokens: tuple[int, int] | None = None  # of an answer, each length of this range alike
     batch_slowdown: float = 0.0
     card_slowdown: float = 0.0
     chunk_tokens: int = 1  # that arrive together, but for the first one: fewer events for the same time
@@ -84,15 +91,22 @@ class SimulatedEngine:
         return EngineTraits(
             name="simulated",
             version=_VERSION,
-            workloads=("completion",),
-            determinism="strict: the same text for the same seed and prompt, always",
+            workloads=("completion", "embedding", "rerank"),
+            determinism="strict: the same bytes for the same seed and prompt, always; cost: none",
             strict_needs_exclusive=self._strict_needs_exclusive,
-            features=("chat", "kv_reuse", "min_p"),
+            features=_FEATURES,
         )
 
     def refusal(self, model_path: Path) -> str | None:
         """A simulated worker reads no file, so any will do."""
         return None
+
+    def offer(self, model_path: Path) -> Offer:
+        """All that it can: no file says otherwise."""
+        return Offer(self.traits.workloads, _FEATURES)
+
+    async def grammar_refusal(self, grammar: str) -> str | None:
+        return "simulated words follow no grammar"
 
     async def launch(self, spec: ReplicaSpec) -> SimulatedWorker:
         service = self.service(spec) if callable(self.service) else self.service
@@ -224,7 +238,7 @@ class SimulatedWorker:
         self._check_job(job, len(prompt))
         self._busy.add(job.slot)
         try:
-            cached = _common(prompt, self._held.get(job.slot, [])) if job.kv_reuse != "none" else 0
+            cached = shared_tokens(prompt, self._held.get(job.slot, [])) if job.kv_reuse != "none" else 0
             held = self._held[job.slot] = prompt.copy()
             prefill_s = await self._read(len(prompt) - cached, job.idle_timeout_s)
             stops = StopStrings(job.sampling.stop)
@@ -260,6 +274,28 @@ class SimulatedWorker:
             finish_reason="stop" if has_ended or stops.has_matched else "length",
         )
 
+    async def read(self, job: ReadJob) -> Reading:
+        """Vectors and scores are functions of the texts alone. A score is the part of the query's words that the
+        document has."""
+        self._check_alive()
+        words = [word for text in (job.query, job.text) if text is not None for word in ("<s>", *text.split())]
+        self._check_slot(job.slot)
+        if len(words) >= self.spec.ctx:
+            raise JobRefused(f"the text's {len(words)} tokens do not fit the context of {self.spec.ctx}")
+        self._busy.add(job.slot)
+        try:
+            took_s = await self._read(len(words), job.idle_timeout_s)
+        except asyncio.CancelledError:
+            if self._service.cancel_s > 0:
+                await self._pass(self._service.cancel_s)
+            raise
+        finally:
+            self._busy.discard(job.slot)
+        if job.query is None:
+            return Reading(len(words), took_s * 1000, vector=vector_of(job.text))
+        asked = set(job.query.split())
+        return Reading(len(words), took_s * 1000, score=len(asked & set(job.text.split())) / max(1, len(asked)))
+
     async def stop(self, grace_s: float) -> None:
         if self._service.unload_s > 0:
             await self._pass(self._service.unload_s)
@@ -276,15 +312,18 @@ class SimulatedWorker:
         self._check_alive()
 
     def _check_job(self, job: Job, tokens_in: int) -> None:
-        if not 0 <= job.slot < self.spec.slots:
-            raise JobRefused(f"there is no slot {job.slot}")
+        self._check_slot(job.slot)
         if job.max_tokens < 1:
             raise JobRefused("out of range: max_tokens")
         if tokens_in >= self.spec.ctx:
             raise JobRefused(f"the prompt's {tokens_in} tokens do not fit the context of {self.spec.ctx}")
-        if job.slot in self._busy:
+
+    def _check_slot(self, slot: int) -> None:
+        if not 0 <= slot < self.spec.slots:
+            raise JobRefused(f"there is no slot {slot}")
+        if slot in self._busy:
             # Not an EngineError: two leases of one slot are a mistake of the service, and must not look like a fault.
-            raise RuntimeError(f"slot {job.slot} of {self.spec.replica_id} is leased twice")
+            raise RuntimeError(f"slot {slot} of {self.spec.replica_id} is leased twice")
 
     async def _read(self, tokens: int, idle_timeout_s: float) -> float:
         """Evaluate this much of a prompt; returns the seconds that it took."""
@@ -338,17 +377,14 @@ class SimulatedWorker:
     def _words(self, job: Job) -> Iterator[str]:
         """The answer's words: a function of prompt and seed (of the prompt alone when temperature is 0)."""
         dice = random.Random(f"{job.seed if job.sampling.temperature > 0 else 'greedy'}:{job.prompt}")
-        mean = self._service.mean_tokens
-        while mean is None or dice.random() >= 1 / mean:
+        mean, bounds = self._service.mean_tokens, self._service.uniform_tokens
+        words = itertools.count() if bounds is None else range(dice.randint(*bounds) - 1)  # and the end of the text
+        for _ in words:
+            if mean is not None and dice.random() < 1 / mean:
+                return
             yield "".join(dice.choices(_SYLLABLES, k=dice.randint(1, 3)))
 
 
 def _wake(nap: asyncio.Future[None]) -> None:
     if not nap.done():
         nap.set_result(None)
-
-
-def _common(tokens: list[str], held: list[str]) -> int:
-    """Tokens at the start that the slot holds already; the last one is always evaluated again."""
-    pairs = zip(tokens[:-1], held, strict=False)
-    return next((index for index, (new, old) in enumerate(pairs) if new != old), min(len(tokens) - 1, len(held)))

@@ -243,7 +243,7 @@ class Outbound:
 
     def _context(self) -> ssl.SSLContext:
         if self._tls is None:  # takes tens of milliseconds, and many services never need it
-            self._tls = httpx.create_ssl_context(trust_env=False)
+            self._tls = httpx.create_ssl_context()  # SSL_CERT_FILE may name other authorities
         return self._tls
 
 

@@ -11,6 +11,7 @@ import logging
 from collections.abc import Coroutine
 from contextlib import suppress
 from contextvars import Context
+from dataclasses import replace
 from typing import Any
 
 from msgspec import structs
@@ -29,6 +30,7 @@ from llama_orch.errors import Internal, LlorchError, NotFound, PoolUnready, Repl
 from llama_orch.models.catalog import Entry
 from llama_orch.observe.journal import Journal
 from llama_orch.runtime import views
+from llama_orch.runtime.archive import Archive
 from llama_orch.runtime.bars import Bars
 from llama_orch.runtime.builder import Builder
 from llama_orch.runtime.catalog import Catalog
@@ -59,14 +61,16 @@ class Orchestrator:
         clock: Clock,
         settings: Settings,
         catalog: Catalog,
+        archive: Archive,
     ) -> None:
         self.scheduler = scheduler
         self.replicas = replicas
+        self.archive = archive
         self._journal = journal
         self._clock = clock
         self._settings = settings
         self._streams: dict[str, TaskStream] = {}
-        self._intake = Intake(replicas, scheduler.predictor)
+        self._intake = Intake(builder.engines, replicas, scheduler.predictor)
         self.catalog = catalog
         self.bars = Bars(catalog, scheduler, replicas, clock, self._perform_and_wake)
         self._shelf = Shelf(settings, builder, scheduler, replicas, look, catalog, self.bars)
@@ -161,6 +165,7 @@ class Orchestrator:
             earlier = self.scheduler.repeated(request)
             if earlier is not None:
                 return earlier
+            self.archive.check(request)
             await self.bars.check(request.model_ref)
             pool = await self._pool_for(request)
             admission.check_request(request, pool.spec, self._settings.sampler_profiles)
@@ -179,7 +184,7 @@ class Orchestrator:
         except NotFound as error:
             made = await self._shelf.pool_for(request, error)
         # What its engine cannot do of the request is refused as with any pool.
-        return admission.matching_pools([made], request)[0]
+        return admission.matching_pools([made], request, self.scheduler.pools.values())[0]
 
     def _see_it_loaded(self, pool: Pool) -> None:
         """The request cannot be judged before the model is there, and will come again: it has to find it."""
@@ -189,7 +194,7 @@ class Orchestrator:
             self._wake.set()
 
     def _admit(self, pool: Pool, request: TaskRequest, measured: Measured) -> Task:
-        bounds = [admission.token_bound(prompt) for prompt in measured.prompts] if measured.counts is None else []
+        bounds = admission.token_bounds(request, measured.prompts) if measured.counts is None else []
         self._keeper.look_at_devices()
         verdict = self.scheduler.submit(
             request,
@@ -202,7 +207,7 @@ class Orchestrator:
             now=self._clock.now(),
         )
         if not verdict.is_repeat:
-            self._decoding.prepare(verdict.task, measured.prompts)
+            self._decoding.prepare(verdict.task, measured)
             self._perform()
             self._wake.set()
         return verdict.task
@@ -293,13 +298,15 @@ class Orchestrator:
     def _end(self, task: Task) -> None:
         pool = task.pool
         stream = self._streams[task.task_id]
-        stream.metrics(self._metrics_frame(task, views.NOT_WAITING))
+        stream.metrics(self._metrics_frame(task, views.NOT_WAITING, None))
         if task.outcome is not None and task.error is None:
             stream.end(views.end_frame(task, task.outcome, pool))
+            task.outcome = replace(task.outcome, embeddings=None, scores=None)  # the stream has them
         else:
             stream.end((task.error or Internal("the task ended without a result")).body(task.correlation_id))
         self._decoding.forget(task)
         self._journal.ended(task, pool)
+        self.archive.keep(task, stream)
         self._retained_bytes += stream.size_bytes
         while self._retained_bytes > RETAINED_BYTES_MAX and self.scheduler.forget_oldest():
             self._perform()
@@ -347,13 +354,15 @@ class Orchestrator:
         now = self._clock.now()
         for pool in self.scheduler.fleet.every_pool():
             outlooks = self.scheduler.predictor.outlooks(pool, self.scheduler.tasks, now) if len(pool.queue) else {}
+            chances = self.scheduler.predictor.chances(pool, self.scheduler.tasks, now) if outlooks else {}
             for task_id, outlook in outlooks.items():
-                self._streams[task_id].metrics(self._metrics_frame(self.scheduler.tasks[task_id], outlook))
+                frame = self._metrics_frame(self.scheduler.tasks[task_id], outlook, chances.get(task_id))
+                self._streams[task_id].metrics(frame)
         for task in self._decoding.running():
-            self._streams[task.task_id].metrics(self._metrics_frame(task, views.NOT_WAITING))
+            chance = self.scheduler.predictor.on_time(task.pool, task, self.scheduler.tasks, now)
+            self._streams[task.task_id].metrics(self._metrics_frame(task, views.NOT_WAITING, chance))
 
-    def _metrics_frame(self, task: Task, outlook: Outlook) -> MetricsFrame:
-        chance = self.scheduler.predictor.on_time(task.pool, task, outlook.start_in_s, self._clock.now())
+    def _metrics_frame(self, task: Task, outlook: Outlook, chance: float | None) -> MetricsFrame:
         left = self.scheduler.book.sessions.left(task.request.session_id)
         return views.metrics_frame(task, outlook, len(task.pool.queue), chance, left)
 

@@ -8,6 +8,10 @@ from llama_orch.budgets import BudgetsLeft
 from llama_orch.contract.config import Settings
 from llama_orch.contract.models import (
     AdmissionResponse,
+    Artifact,
+    ArtifactKind,
+    ArtifactList,
+    ArtifactRef,
     Backend,
     Capabilities,
     Concurrency,
@@ -26,6 +30,7 @@ from llama_orch.contract.models import (
     ReplicaState,
     SamplerProfile,
     SessionInfo,
+    StoredArtifact,
     TaskList,
     TaskRequest,
     TaskState,
@@ -161,6 +166,23 @@ class LocalService:
 
     async def reload_pool(self, pool_id: str, new_model_ref: str) -> PoolHealth:
         return self._health(await self._orchestrator.reload_pool(pool_id, new_model_ref))
+
+    # -- artifacts -----------------------------------------------------------------------------------------------------
+
+    async def put_artifact(self, artifact: Artifact) -> tuple[ArtifactRef, bool]:
+        return await self._orchestrator.archive.put(artifact)
+
+    async def list_artifacts(
+        self, *, kind: ArtifactKind | None, tag: str | None, parent: str | None, limit: int, cursor: str | None
+    ) -> ArtifactList:
+        archive = self._orchestrator.archive
+        return await archive.list(kind=kind, tag=tag, parent=parent, limit=limit, cursor=cursor)
+
+    async def get_artifact(self, artifact_id: str) -> StoredArtifact:
+        return await self._orchestrator.archive.get(artifact_id)
+
+    async def delete_artifact(self, artifact_id: str) -> None:
+        await self._orchestrator.archive.delete(artifact_id)
 
     # -- to elsewhere --------------------------------------------------------------------------------------------------
 

@@ -18,6 +18,7 @@ from llama_orch.observe.outbound import OutboundJournal
 from llama_orch.outbound.door import Outbound
 from llama_orch.outbound.plugins import Plugins
 from llama_orch.policy.rules import Rules
+from llama_orch.runtime.archive import Archive
 from llama_orch.runtime.catalog import Catalog, Glance, Records, Unkept
 from llama_orch.runtime.fetches import Fetches
 from llama_orch.runtime.fetching import Fetching
@@ -29,6 +30,7 @@ from llama_orch.runtime.plan import Plan
 from llama_orch.runtime.replicas import Replicas
 from llama_orch.runtime.service import LocalService, gauges
 from llama_orch.runtime.sight import sight_of
+from llama_orch.stores.artifacts import ArtifactStore
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,11 +53,12 @@ def wire(
     clock: Clock,
     look: Look | None = None,
     keeping: Keeping | None = None,
+    artifacts: ArtifactStore | None = None,
     plugins: Plugins | None = None,
 ) -> tuple[Orchestrator, LocalService]:
     """The orchestrator and what the edge sees of it. `digest` gives a model file's `sha256:…`; `look` finds a model
     without holding up the event loop (the plan's own library, where that does no harm); `keeping` is for a catalog that
-    outlives the service; `plugins` judge outbound requests."""
+    outlives the service. Without `artifacts` none are kept. `plugins` judge outbound requests."""
     if keeping is None:
         keeping = _keeping_nothing(settings, plan, digest)
 
@@ -85,8 +88,9 @@ def wire(
     )
     if keeping.fetched is not None:
         catalog.fetches = Fetches(keeping.fetched, outbound, keeping.examine, catalog, clock.wall)
+    archive = Archive(artifacts, keeps_transcripts=settings.tasks.keep_transcripts)
     orchestrator = Orchestrator(
-        scheduler, replicas, plan.builder, look or look_here, Journal(metrics), clock, settings, catalog
+        scheduler, replicas, plan.builder, look or look_here, Journal(metrics), clock, settings, catalog, archive
     )
     return orchestrator, LocalService(orchestrator, engines, sources, metrics, settings, Fetching(outbound))
 

@@ -108,10 +108,11 @@ class Database:
         return self._connection
 
     def _bring_up_to_date(self, connection: sqlite3.Connection, name: str, steps: Sequence[Step]) -> None:
+        if _version(connection, name) == len(steps):  # nothing is written to a disk that may have no room
+            return
         connection.execute("BEGIN IMMEDIATE")
         try:
-            row = connection.execute("SELECT version FROM schema_versions WHERE store = ?", (name,)).fetchone()
-            version = row[0] if row else 0
+            version = _version(connection, name)  # another process may have been faster
             if version > len(steps):
                 raise StorageUnavailable(
                     f"the store has {name} of version {version}, and this program knows {len(steps)}; "
@@ -125,6 +126,11 @@ class Database:
         finally:
             if connection.in_transaction:
                 connection.execute("ROLLBACK")
+
+
+def _version(connection: sqlite3.Connection, name: str) -> int:
+    row = connection.execute("SELECT version FROM schema_versions WHERE store = ?", (name,)).fetchone()
+    return row[0] if row else 0
 
 
 def connect(path: Path) -> sqlite3.Connection:

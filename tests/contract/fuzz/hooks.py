@@ -21,9 +21,18 @@ MODELS = json.loads(os.environ["FUZZ_MODELS"])  # the first is the real one
 IDS = json.loads(os.environ["FUZZ_IDS"])  # for paths, by their beginning: what is there, and what is not
 SOURCE = os.environ["FUZZ_SOURCE"]  # of the models that are entered into the catalog
 RELOADS = json.loads(os.environ["FUZZ_RELOADS"])  # models for the pool that is drained and reloaded
+ARTIFACT = json.loads(os.environ["FUZZ_ARTIFACT"])  # the content of the artifact that is there
 URLS = json.loads(os.environ["FUZZ_URLS"])  # one that answers with a text, and some that do not
 TO_ELSEWHERE = ("POST /v1/policy/outbound/check", "POST /v1/tools/fetch")
 ACTS_ON_POOLS = ("POST /v1/pools/{id}/drain", "POST /v1/pools/{id}/reload")
+FORMS = (
+    *(("completion", form) for form in ("prompt", "inputs", "messages")),
+    *(("embedding", form) for form in ("prompt", "inputs")),
+    ("rerank", "inputs"),
+)
+# Of a schema or a grammar no schema can say whether it can be kept.
+SCHEMAS = ({"type": "boolean"}, {"enum": ["a", 1, None]}, {"type": "object", "required": ["x"]}, {})
+GRAMMARS = ('root ::= "yes" | "no"', "root ::= [a-z ]{1,40} [.]")
 MAX_TOKENS = 16
 MAX_INPUTS = 3
 CTX = 2048
@@ -100,28 +109,29 @@ def narrowed(request: dict[str, Any], schemas: dict[str, Any]) -> dict[str, Any]
     properties |= {
         "model_ref": {"type": "string", "enum": MODELS},
         "engine": {"type": "string", "nullable": True, "enum": ["llamacpp", None]},
-        "workload": {"type": "string", "enum": ["completion"]},
         "sampler_profile_version": {"type": "string", "nullable": True, "enum": ["v1", "greedy-v1", None]},
         "keep_transcript": {"type": "boolean", "nullable": True, "enum": [False, None]},
     }
-    for feature in ("json_schema", "grammar"):  # neither engine offers it
-        schemas["Sampling"]["properties"][feature] = {"type": "object", "nullable": True, "enum": [None]}
     properties["ctx"]["maximum"] = CTX
-    forms = ("prompt", "inputs", "messages")
+    return {"oneOf": [_one_form(request, properties, workload, form) for workload, form in FORMS]}
+
+
+def _one_form(request: dict[str, Any], properties: dict[str, Any], workload: str, form: str) -> dict[str, Any]:
+    """A task of this workload with its texts in this form, and nothing that has no sense for it."""
     absent = {"type": "string", "nullable": True, "enum": [None]}
-    return {
-        "oneOf": [
-            request
-            | {
-                "required": ["model_ref", form],
-                "properties": {
-                    name: absent if name in forms and name != form else _never_null(value) if name == form else value
-                    for name, value in properties.items()
-                },
-            }
-            for form in forms
-        ]
-    }
+    own = dict(properties)
+    for other in ("prompt", "inputs", "messages"):
+        own[other] = _never_null(own[other]) if other == form else absent
+    own["workload"] = {"type": "string", "enum": [workload]}
+    required = ["model_ref", form]
+    if workload != "completion":
+        required.append("workload")
+        own |= {"max_tokens": absent, "expected_tokens": absent}
+        own |= {"model_ref": {"type": "string", "enum": MODELS[1:]}, "engine": absent}
+        del own["sampling"]  # it cannot be null
+    if workload == "rerank":
+        own["inputs"] = own["inputs"] | {"minItems": 2}
+    return request | {"required": required, "properties": own}
 
 
 def _never_null(schema: dict[str, Any]) -> dict[str, Any]:
@@ -154,6 +164,9 @@ def before_call(context: HookContext, case: Case, kwargs: dict[str, Any]) -> Non
     elif case.operation.label == "DELETE /v1/catalog/models/{id}" and case.meta.phase.name.value != "stateful":
         known = entered.pop() if entered and number % 4 else known_and_unknown(case)[1]
         case.path_parameters = case.path_parameters | {"id": known}
+    elif case.operation.label == "POST /v1/artifacts":
+        if isinstance(case.body, dict):
+            case.body = storable(case.body, number)
     elif case.operation.label in TO_ELSEWHERE:
         if isinstance(case.body, dict) and number % 5:  # the fifth keeps what it has, which is hardly ever a URL
             case.body = case.body | {"url": URLS[number % 5 % len(URLS)]}
@@ -166,13 +179,14 @@ def before_call(context: HookContext, case: Case, kwargs: dict[str, Any]) -> Non
         case.meta.phase.name.value != "stateful"
         or case.path_parameters["id"] in (None, "None")  # a task without session
     ):
-        known, unknown = known_and_unknown(case)
+        known, unknown, *more = known_and_unknown(case)
+        known = more[number // 3 % len(more)] if more and number % 3 == 0 else known
         case.path_parameters = case.path_parameters | {"id": known if number % 4 else unknown}
 
 
-def known_and_unknown(case: Case) -> tuple[str, str]:
-    known, unknown = next(ids for start, ids in IDS.items() if case.path.startswith(start))
-    return known, unknown
+def known_and_unknown(case: Case) -> list[str]:
+    """What is there, what is not, and perhaps more that is there."""
+    return next(ids for start, ids in IDS.items() if case.path.startswith(start))
 
 
 def lead_to_its_pool(case: Case) -> None:
@@ -201,11 +215,47 @@ def admissible(body: dict[str, Any], number: int) -> dict[str, Any]:
         body["messages"] = [*body["messages"][:-1], body["messages"][-1] | {"role": "user"}]
     if number % 7 == 0:  # begins it anew where it was deleted
         body["session_id"] = IDS["/v1/sessions/"][0]
+    if body.get("workload", "completion") != "completion":
+        return body
     body["model_ref"] = MODELS[0] if number % 5 else MODELS[1 + number // 5 % (len(MODELS) - 1)]
     if body["model_ref"] != MODELS[0]:
         body.pop("engine", None)
         body.pop("max_tokens", None)
+    if isinstance(body.get("sampling"), dict):
+        body["sampling"] = kept(body["sampling"], number, is_real=body["model_ref"] == MODELS[0])
     return body
+
+
+def kept(sampling: dict[str, Any], number: int, *, is_real: bool) -> dict[str, Any]:
+    """With at most one of schema and grammar, and that one of ours; simulated engines follow none."""
+    asked = [name for name in ("json_schema", "grammar") if sampling.get(name) is not None]
+    sampling = {name: value for name, value in sampling.items() if name not in asked}
+    if asked and is_real:
+        choices: tuple[Any, ...] = SCHEMAS if asked[0] == "json_schema" else GRAMMARS
+        sampling[asked[0]] = choices[number % len(choices)]
+    return sampling
+
+
+def storable(body: dict[str, Any], number: int) -> dict[str, Any]:
+    """The same artifact without what no schema can say: whole numbers of more than 64 bits, a parent that is not there.
+    Now and then the one that is read and deleted comes again, and one of two parents is there."""
+    body = {name: within_64_bits(value) for name, value in body.items()}
+    if number % 3 == 0:
+        body["content"] = ARTIFACT
+    if body.get("parent"):
+        known, unknown = IDS["/v1/artifacts/"]
+        body["parent"] = known if number % 2 else unknown
+    return body
+
+
+def within_64_bits(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: within_64_bits(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [within_64_bits(item) for item in value]
+    if isinstance(value, int) and not isinstance(value, bool):
+        return max(-(2**63), min(2**63 - 1, value))
+    return value
 
 
 # -- the answers -----------------------------------------------------------------------------------------------------
@@ -286,6 +336,8 @@ def frames_in_order(ctx: CheckContext, response: Response, case: Case) -> None:
     frames = [frame for frame in map(parsed, response.text.split("\n\n")) if "event" in frame]
     names = [frame["event"] for frame in frames]
     seen.update(f"frame {name}" for name in names)
+    for end in (json.loads(frame["data"]) for frame in frames if frame["event"] == "end"):
+        seen.update(f"result {name}" for name in ("embeddings", "scores") if name in end)
     numbers = [int(frame["id"]) for frame in frames]
     assert numbers == sorted(set(numbers)), f"frame numbers: {numbers}"
     is_resumed = "last-event-id" in {name.lower() for name in response.request.headers}

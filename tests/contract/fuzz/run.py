@@ -10,6 +10,7 @@ The exit code is 0 when no request found a defect and the run was as deep as it 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import random
@@ -38,7 +39,12 @@ TASK_ID = "3f2b8c1e-9d5a-4c57-8a43-0c7d5b1f2e90"
 SESSION_ID = "7a1d0f3c-5b2e-4f6a-8c9d-1e2f3a4b5c6d"
 CHANGING = "changing"
 MODEL_ID = "entered"
+EMBEDDED_ID, RANKED_ID = "3f2b8c1e-9d5a-4c57-8a43-0c7d5b1f2e91", "3f2b8c1e-9d5a-4c57-8a43-0c7d5b1f2e92"
+ARTIFACT_CONTENT = {"fuzz": "an artifact that exists throughout"}
+ARTIFACT_ID = hashlib.sha256(json.dumps(ARTIFACT_CONTENT, separators=(",", ":")).encode()).hexdigest()
 IDS = {
+    "/v1/artifacts/": [ARTIFACT_ID, "ff" * 32],
+    "/v1/tasks/{id}/stream": [TASK_ID, "ffffffff-ffff-4fff-bfff-ffffffffffff", EMBEDDED_ID, RANKED_ID],
     "/v1/tasks/": [TASK_ID, "ffffffff-ffff-4fff-bfff-ffffffffffff"],
     "/v1/sessions/": [SESSION_ID, "ffffffff-ffff-4fff-bfff-ffffffffffff"],
     "/v1/catalog/models/": [MODEL_ID, "nowhere"],
@@ -60,6 +66,7 @@ MUST_SEE = {
         *(f"getSession {status}" for status in (200, 400, 401, 404)),
         *(f"deleteSession {status}" for status in (204, 400, 401)),
         *(f"frame {name}" for name in ("started", "token", "metrics", "end", "error")),
+        *(f"result {name}" for name in ("embeddings", "scores")),
     ],
     "control": [
         "hostile correlation-ID",
@@ -75,6 +82,10 @@ MUST_SEE = {
         *(f"streamCatalogModelFetch {status}" for status in (200, 400, 401, 404)),
         *(f"setCatalogModelState {status}" for status in (202, 400, 401, 404, 415)),
         *("drainPool 405", "reloadPool 405", "reloadPool 409"),
+        *(f"createArtifact {status}" for status in (200, 201, 400, 401, 404, 405, 415)),
+        *(f"listArtifacts {status}" for status in (200, 400, 401)),
+        *(f"getArtifact {status}" for status in (200, 401, 404)),
+        *(f"deleteArtifact {status}" for status in (204, 401, 404)),
         *(f"{operation} {status}" for operation in ("getCapabilities", "getMetrics") for status in (200, 401)),
         *(f"checkOutbound {status}" for status in (200, 400, 401, 405, 415)),
         *(f"fetchUrl {status}" for status in (200, 400, 401, 403, 405, 415, 502)),
@@ -122,8 +133,9 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="llorch-fuzz-") as folder, elsewhere() as (there, _):
         files = files_in(Path(folder))
         with live_service(configuration(files, there)) as service:
-            submit_and_wait(service)
+            submit_and_wait(service, files)
             enter(service, files)
+            store_artifact(service)
             problems = [
                 problem
                 for name in MUST_SEE
@@ -185,6 +197,7 @@ def fuzz(
         "FUZZ_SOURCE": f"file:{files.entered}",
         "FUZZ_RELOADS": json.dumps(files.reloads),
         "FUZZ_IDS": json.dumps(IDS),
+        "FUZZ_ARTIFACT": json.dumps(ARTIFACT_CONTENT),
         "FUZZ_URLS": json.dumps([f"{there}/text", f"{there}/short", f"{there}/back", "http://127.0.0.2/"]),
         "LLORCH_API_TOKEN": service.token,
         "PYTHONPATH": os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")]),
@@ -201,9 +214,10 @@ def fuzz(
     yield from (f"{name}: the run never saw: {key}" for key in must_see if not seen[key])
 
 
-def submit_and_wait(service: LiveService) -> None:
-    """A task that exists throughout. That its stream has ended says that the pool is ready."""
-    body = {
+def submit_and_wait(service: LiveService, files: Files) -> None:
+    """Tasks that exist throughout, one of each workload. That their streams have ended says that their pools are
+    ready."""
+    story = {
         "task_id": TASK_ID,
         "model_ref": MODEL,
         "prompt": "Once",
@@ -211,10 +225,21 @@ def submit_and_wait(service: LiveService) -> None:
         "seed": 7,
         "session_id": SESSION_ID,
     }
+    reads = {"model_ref": files.models[1], "inputs": ["a fox", "a red fox", "a dog"]}
+    embedding = {"task_id": EMBEDDED_ID, "workload": "embedding", **reads}
+    ranking = {"task_id": RANKED_ID, "workload": "rerank", **reads}
     headers = service.headers | {"Content-Type": "application/json"}
-    request = urllib.request.Request(f"{service.url}/v1/tasks", json.dumps(body).encode(), headers)
-    urllib.request.urlopen(request, timeout=60).close()
-    assert "event: end" in read(service, f"/v1/tasks/{TASK_ID}/stream")
+    for body in (story, embedding, ranking):
+        request = urllib.request.Request(f"{service.url}/v1/tasks", json.dumps(body).encode(), headers)
+        urllib.request.urlopen(request, timeout=60).close()
+        assert "event: end" in read(service, f"/v1/tasks/{body['task_id']}/stream")
+
+
+def store_artifact(service: LiveService) -> None:
+    """One that is there to be read; who deletes it has it stored anew (see hooks.py)."""
+    body = json.dumps({"kind": "other", "content": ARTIFACT_CONTENT}).encode()
+    headers = service.headers | {"Content-Type": "application/json"}
+    urllib.request.urlopen(urllib.request.Request(f"{service.url}/v1/artifacts", body, headers), timeout=60).close()
 
 
 def enter(service: LiveService, files: Files) -> None:

@@ -29,7 +29,7 @@ def main() -> int:
         options += [str(gate.DOCUMENTS / f"{document}.json"), "--phases", phases]
         options += [word for name in names for word in ("--include-operation-id", name)]
         with live_service.live_service(gate.configuration(files, there)) as service:
-            gate.submit_and_wait(service)
+            gate.submit_and_wait(service, files)
             found = list(gate.fuzz(service, document, options, files, there, Path(folder), is_gate=True))
             problems = [*relevant(found, names, phases), *gate.judge(service, must_succeed=0)]
     for problem in problems:
