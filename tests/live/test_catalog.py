@@ -225,6 +225,7 @@ def test_a_mismatch_keeps_every_task_out(client: httpx.Client, folder: Path, nam
     answer = client.post("/v1/pools/default/reload", json={"new_model_ref": f"wrong-{name}"})
     assert (answer.status_code, answer.json()["code"]) == (403, "UNTRUSTED_ARTIFACT")
     assert f"wrong-{name}" not in pools(client)
+    assert finish(client, model_ref=ref(path), **SHORT)[-1].event == "end"  # nobody declared that of the file itself
 
 
 @pytest.mark.spec("HP-CTL-4")

@@ -45,8 +45,8 @@ class Bars:
         """Refuse a task, or a reload, that names a model which may not be served. One that has to be verified first is
         waited for a little."""
         entry = self._catalog.book.find(reference)
-        if entry is None:
-            return
+        if entry is None or (reference == entry.source and not entry.is_fetched):
+            return  # what somebody declared of a file of this machine is no matter of those who name the file itself
         if entry.is_fetched and entry.file is None:
             raise NotFound(f"the file of model {entry.id!r} was not fetched yet; `llama-orch models fetch {entry.id}`")
         entry = self._fresh(entry)
