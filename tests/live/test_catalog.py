@@ -201,6 +201,7 @@ def test_a_verification_finds_the_digest_and_logs_what_is_missing(
     assert {"no signature", "no SBOM"} <= {line["message"].split(": ")[1].split(" was")[0] for line in lines}
 
 
+@pytest.mark.attack(15)
 @pytest.mark.spec("HP-CTL-4", "HP-ADM-7")
 @pytest.mark.parametrize(
     ("name", "claim"),

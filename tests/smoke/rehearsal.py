@@ -84,7 +84,7 @@ class Rehearsal:
         done = subprocess.run(
             [*program, *words], env=self.environment, input=stdin, capture_output=True, text=True, timeout=LIMIT_S
         )
-        said = (done.stdout + done.stderr).strip()
+        said = "\n".join(part for part in (done.stdout.rstrip(), done.stderr.rstrip()) if part)
         shown = said.splitlines()
         self.say("\n".join(shown[:LINES_MAX] + (["[…]"] if len(shown) > LINES_MAX else [])))
         if done.returncode != expect or has not in said:
@@ -136,7 +136,8 @@ class Rehearsal:
             return done.returncode == 0 and json.loads(done.stdout)[field_name] == value
 
         until(is_so, LIMIT_S)
-        self.say(f"# {what}")
+        if what:
+            self.say(f"# {what}")
 
 
 def prepare(folder: Path) -> None:
