@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -76,6 +77,27 @@ def test_pools_that_lack_a_feature_are_passed_over() -> None:
     assert admission.matching_pools(three, a_task(sampling=Sampling(temperature=0.0))) == three
 
 
+@pytest.mark.spec("HP-ADM-4")
+def test_a_workload_that_a_pool_cannot_do_is_refused_with_the_pools_that_can() -> None:
+    """Also those of other models; in the message for people, in the details for programs."""
+    some = pools({}, {"engine": "ctransformers", "model": "file:/e.gguf", "workloads": ("completion", "embedding")})
+    with pytest.raises(InvalidParams, match=r"these pools can: p1 \(ctransformers, file:/e\.gguf\)") as caught:
+        admission.matching_pools(some, a_task(workload=Workload.EMBEDDING))
+    able = [{"pool_id": "p1", "engine": "ctransformers", "model_ref": "file:/e.gguf"}]
+    assert caught.value.details == {"workload": "embedding", "pools_able": able}
+    with pytest.raises(InvalidParams, match="no pool can: add one on llamacpp whose model was made to rank") as caught:
+        admission.matching_pools(some, a_task(workload=Workload.RERANK, inputs=["q", "d"]))
+    assert caught.value.details == {"workload": "rerank", "pools_able": []}
+
+
+@pytest.mark.spec("HP-ADM-4")
+def test_a_pool_made_for_a_task_is_held_against_all() -> None:
+    """Where only one pool is asked, the others are still named."""
+    made, other = pools({}, {"model": "file:/r.gguf", "workloads": ("rerank",)})
+    with pytest.raises(InvalidParams, match="these pools can: p1"):
+        admission.matching_pools([made], a_task(workload=Workload.RERANK), [made, other])
+
+
 # -- the request itself ------------------------------------------------------------------------------------------------
 
 
@@ -99,6 +121,76 @@ def test_exactly_one_form_of_prompt(fields: dict[str, Any], says: str) -> None:
 def test_each_form_of_prompt_alone_is_fine(fields: dict[str, Any]) -> None:
     """One form is enough, whichever it is."""
     admission.check_request(a_task(**fields), a_spec(), PROFILES)
+
+
+@pytest.mark.spec("HP-ADM-4")
+@pytest.mark.parametrize(
+    ("fields", "says"),
+    [
+        (
+            {"workload": Workload.EMBEDDING, "messages": CHAT},
+            "exactly one of `prompt` and `inputs` for workload 'embed",
+        ),
+        ({"workload": Workload.RERANK}, "give `inputs` for workload 'rerank'; given: prompt"),
+        ({"workload": Workload.RERANK, "inputs": ["q"]}, "a query and at least one document"),
+        ({"workload": Workload.EMBEDDING, "max_tokens": 1}, "`max_tokens` is about text that is written"),
+        ({"workload": Workload.EMBEDDING, "expected_tokens": 1}, "`expected_tokens` is about"),
+        ({"workload": Workload.EMBEDDING, "sampling": Sampling()}, "`sampling` is about"),
+        ({"sampling": Sampling(grammar="x", json_schema={})}, "give one of `sampling.json_schema`"),
+    ],
+)
+def test_what_has_no_sense_for_the_workload_is_refused(fields: dict[str, Any], says: str) -> None:
+    """By name, instead of being passed over."""
+    with pytest.raises(InvalidParams, match=says):
+        admission.check_request(a_task(**fields), a_spec(), PROFILES)
+
+
+@pytest.mark.spec("HP-ADM-4", "HP-ADM-7")
+@pytest.mark.parametrize(
+    ("sampling", "says"),
+    [
+        (Sampling(grammar="root ::= x"), "`sampling.grammar` is refused: it has no rule 'x'"),
+        (Sampling(json_schema={"not": {}}), "`sampling.json_schema` is refused: at # there is 'not'"),
+        (Sampling(json_schema={"$ref": "#"}), "`sampling.json_schema` is refused: the rule 'root' begins with itself"),
+    ],
+)
+def test_a_constraint_that_cannot_be_kept_is_refused_by_its_field(sampling: Sampling, says: str) -> None:
+    """What is wrong with a schema's grammar is said of the schema."""
+    with pytest.raises(InvalidParams, match=re.escape(says)):
+        admission.grammar_of(sampling)
+
+
+@pytest.mark.spec("HP-ADM-4")
+def test_a_grammar_is_passed_on_as_it_is() -> None:
+    """And a schema as the grammar that was made of it."""
+    assert admission.grammar_of(Sampling(grammar='root ::= "a"')) == 'root ::= "a"'
+    assert admission.grammar_of(Sampling(json_schema={"const": 1})) == 'root ::= "1"'
+    assert not admission.is_constrained(a_task(sampling=Sampling(temperature=0.0)))
+
+
+@pytest.mark.spec("HP-ADM-7")
+def test_a_text_that_is_read_leaves_no_room_for_an_answer() -> None:
+    """It may fill the context where the pool says so, and asks for no tokens."""
+    read = a_task(workload=Workload.EMBEDDING)
+    whole, most = a_spec(ctx=512, reads_whole_ctx=True), a_spec(ctx=512)
+    assert admission.check_lengths(read, whole, [512, 3]) == 0
+    assert admission.check_lengths(read, most, [511]) == 0
+    for spec, length in ((whole, 513), (most, 512)):
+        with pytest.raises(InvalidParams, match=f"the prompt has {length} tokens"):
+            admission.check_lengths(read, spec, [3, length])
+    with pytest.raises(InvalidParams, match="the prompt has 512 tokens"):
+        admission.check_lengths(a_task(), whole, [512])
+    assert admission.check_bounds(read, most, [512]) == 0
+
+
+@pytest.mark.spec("HP-ADM-7")
+def test_a_document_is_counted_with_its_query() -> None:
+    """They are read together."""
+    rank = a_task(workload=Workload.RERANK, inputs=["a query", "one", "another"])
+    assert admission.evaluations(rank, [5, 3, 4]) == [8, 9]
+    assert admission.evaluations(a_task(inputs=["a", "b"]), [5, 3]) == [5, 3]
+    assert admission.token_bounds(rank, ["a query", "one", "another"]) == [15 + 11, 15 + 15]
+    assert admission.token_bounds(rank, []) == []
 
 
 @pytest.mark.spec("HP-ADM-7", "HP-ADM-4")

@@ -8,7 +8,7 @@ import pytest
 
 from llama_orch.budgets import NO_BUDGETS, BudgetsLeft
 from llama_orch.contract.config import BudgetsSettings, SessionsSettings
-from llama_orch.contract.models import Determinism, TaskState
+from llama_orch.contract.models import Determinism, TaskState, Workload
 from llama_orch.core import session
 from llama_orch.core.effects import Effect, Evict
 from llama_orch.core.scheduler import Scheduler
@@ -274,3 +274,18 @@ def test_the_wait_of_a_refusal_is_that_for_what_is_reserved() -> None:
     assert running.retry_after_ms is not None
     assert idle.retry_after_ms == 500_000
     assert running.retry_after_ms < idle.retry_after_ms
+
+
+@pytest.mark.spec("HP-SES-3", "HP-SES-4")
+def test_what_only_reads_uses_its_input_and_leaves_no_kv() -> None:
+    """An embedding reserves no answer. Whose KV was on its slot has lost it, its own session included."""
+    scheduler = a_scheduler(slots=1, workloads=("completion", "embedding"), sessions=with_budgets(tokens=1000))
+    turn(scheduler, "t1", 0.0, tokens_in=10, tokens_out=20)
+    assert scheduler.book.warmth("s") is not None
+    reads = {"workload": Workload.EMBEDDING, "inputs": ["a", "b"], "session_id": "s", "determinism": SHARED}
+    submit(scheduler, "t2", now=1.0, prompt_tokens=(30, 40), **reads)
+    assert left(scheduler).tokens == 1000 - 30 - 70
+    assert scheduler.book.warmth("s") is None
+    scheduler.finished("t2", an_outcome(tokens_in=70, tokens_out=0, decode_ms=0, prefill_ms=100.0), 1.5)
+    assert left(scheduler).tokens == 1000 - 30 - 70
+    assert scheduler.book.warmth("s") is None

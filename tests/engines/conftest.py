@@ -22,7 +22,8 @@ for name in ("parallel", "ctx-size", "batch-size", "ubatch-size", "threads", "th
     p.add_argument("--" + name, type=int)
 for name in ("n-gpu-layers", "cache-ram", "log-verbosity"):
     p.add_argument("--" + name, type=int)
-for name in ("no-kv-unified", "slots", "metrics", "no-webui", "offline", "no-warmup", "version"):
+for name in ("no-kv-unified", "slots", "metrics", "no-webui", "offline", "no-warmup", "version",
+             "embeddings", "reranking", "no-cache-prompt"):
     p.add_argument("--" + name, action="store_true")
 a = p.parse_args()
 if a.version:
@@ -42,6 +43,9 @@ c.cpuparams.n_threads, c.cpuparams_batch.n_threads, c.n_threads_http = a.threads
 c.n_gpu_layers, c.cache_ram_mib, c.slot_save_path = a.n_gpu_layers, a.cache_ram, a.slot_save_path
 c.kv_unified, c.endpoint_slots, c.endpoint_metrics = not a.no_kv_unified, a.slots, a.metrics
 c.ui, c.offline, c.warmup, c.fit_params, c.verbosity = not a.no_webui, a.offline, not a.no_warmup, a.fit != "off", 4
+c.embedding, c.cache_prompt = a.embeddings or a.reranking, not a.no_cache_prompt
+if a.reranking:
+    c.pooling_type = xllamacpp.llama_pooling_type.LLAMA_POOLING_TYPE_RANK
 server = xllamacpp.Server(c)
 threading.Event().wait()
 """

@@ -210,7 +210,7 @@ def test_only_known_fields_are_sent() -> None:
     assert b"Authorization: Bearer key\r\n" in head
     assert set(msgspec.json.decode(body)) == {
         *("prompt", "n_predict", "seed", "id_slot", "cache_prompt", "stop", "stream", "return_progress"),
-        *("temperature", "top_k", "top_p", "min_p", "repeat_penalty", "samplers", "response_fields"),
+        *("temperature", "top_k", "top_p", "min_p", "repeat_penalty", "samplers", "response_fields", "grammar"),
     }
 
 

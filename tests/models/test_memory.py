@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from llama_orch.models.gguf_types import TENSOR_TYPES
 from llama_orch.models.memory import CUDA_CONTEXT_BYTES, KV_TYPES, Backend, KvType, LoadSettings, memory_need
 from llama_orch.models.references import resolve
 from llama_orch.workers.llamacpp import BATCH_CPU, BATCH_GPU
+from tests.encoders import RANK, a_pooling_decoder, an_encoder
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 BLOCKS = {name: (items, size) for name, items, size in TENSOR_TYPES.values()}
@@ -403,6 +404,16 @@ def test_no_header_breaks_it(architecture: str, kv: dict[str, Value], experts: i
     assert sum(parts) == need.total_bytes
 
 
+@pytest.mark.parametrize("pooling_type", [1, 2, 3, 4])
+def test_what_embeds_or_ranks_evaluates_a_whole_input_at_once(pooling_type: int) -> None:
+    """Its step is its context and not the batch of those that write, unless somebody says so."""
+    writes, reads = a_model(), a_model(pooling_type=pooling_type)
+    whole = memory_need(writes, LoadSettings(4096, ubatch=4096))
+    assert memory_need(reads, LoadSettings(4096)) == whole
+    assert memory_need(reads, LoadSettings(4096, ubatch=128)) == memory_need(writes, LoadSettings(4096, ubatch=128))
+    assert whole.compute_bytes > 4 * memory_need(writes, LoadSettings(4096)).compute_bytes
+
+
 class Buffers(logging.Handler):
     """What a worker says of its buffers. llama.cpp logs from a thread, so the last of it may follow READY."""
 
@@ -422,10 +433,31 @@ class Buffers(logging.Handler):
             self.is_complete.set()
 
 
-@pytest.mark.parametrize(("ctx", "slots"), [(512, 1), (2048, 4)])
-def test_a_real_worker_takes_what_was_predicted(ctx: int, slots: int, caplog: pytest.LogCaptureFixture) -> None:
-    """builtin:tiny in llama.cpp: the total of the engine's own buffer lines is within 10 % of the forecast."""
-    path: Path = resolve("builtin:tiny")
+MODELS: dict[str, Callable[[Path], Path]] = {
+    "writes": lambda _: resolve("builtin:tiny"),
+    "embeds": lambda folder: an_encoder(folder / "embeds.gguf"),
+    "ranks": lambda folder: an_encoder(folder / "ranks.gguf", RANK, layers=6),
+    "embeds like a decoder": lambda folder: a_pooling_decoder(folder / "decoder.gguf"),
+}
+
+
+@pytest.mark.parametrize(
+    ("model", "ctx", "slots"),
+    [
+        ("writes", 512, 1),
+        ("writes", 2048, 4),
+        ("embeds", 512, 4),
+        ("ranks", 512, 1),
+        ("embeds like a decoder", 512, 3),
+        ("embeds like a decoder", 2048, 1),
+    ],
+)
+def test_a_real_worker_takes_what_was_predicted(
+    model: str, ctx: int, slots: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In llama.cpp, launched for what the model is for: the total of the engine's own buffer lines is within 10 % of
+    the forecast."""
+    path = MODELS[model](tmp_path)
     caplog.set_level(logging.DEBUG, logger="llama_orch.worker")
     log = logging.getLogger("llama_orch.worker")
 

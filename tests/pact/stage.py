@@ -111,7 +111,9 @@ class Stage:
 
     def submit(self, **fields: object) -> str:
         """A task with these fields of a TaskRequest; a short story where they do not say otherwise. Returns its ID."""
-        story = {"model_ref": "builtin:tiny", "max_tokens": 8}
+        story: dict[str, object] = {"model_ref": "builtin:tiny"}
+        if fields.get("workload", "completion") == "completion":
+            story["max_tokens"] = 8
         if not fields.keys() & {"prompt", "inputs", "messages"}:
             story["prompt"] = "Once upon a time"
         answer = self.http.post("/v1/tasks", json=story | fields)

@@ -20,10 +20,12 @@ from llama_orch.contract.models import (
     MetricsFrame,
     Priority,
     ReloadRequest,
+    Sampling,
     StartedFrame,
     TaskRequest,
     TaskState,
     TokenFrame,
+    Workload,
 )
 from pact import match
 from tests.pact.exchange import (
@@ -54,6 +56,12 @@ MODEL = "builtin:tiny"
 TASK = TaskRequest(task_id=TASK_ID, model_ref=MODEL, prompt="Once upon a time", max_tokens=8, seed=7)
 ON_LLAMACPP = msgspec.structs.replace(
     TASK, engine="llamacpp", determinism=Determinism.STRICT, sampler_profile_version="greedy-v1"
+)
+EMBEDDING = TaskRequest(
+    task_id=TASK_ID, model_ref=MODEL, workload=Workload.EMBEDDING, inputs=["a red fox", "an old dog"], seed=7
+)
+RANKING = TaskRequest(
+    task_id=TASK_ID, model_ref=MODEL, workload=Workload.RERANK, inputs=["red fox", "a red fox", "an old dog"], seed=7
 )
 PATH = f"/v1/tasks/{TASK_ID}"
 
@@ -182,6 +190,39 @@ def test_a_prompt_over_the_context_is_refused(exchange: Exchange) -> None:
     exchange.gets(400, error("INVALID_PARAMS", engine="llamacpp", details=details))
     with exchange.client() as client:
         assert refusal(client, long).error.details == {"prompt_tokens": 402, "pool_ctx": 256}
+
+
+def test_a_workload_that_no_pool_can_do_is_refused(exchange: Exchange) -> None:
+    """400 with the pools that can, of which there are none here."""
+    ranking = msgspec.structs.replace(RANKING, engine="llamacpp")
+    exchange.given("an idle pool on llamacpp")
+    exchange.asks("POST", "/v1/tasks", body=ranking)
+    details = {"workload": "rerank", "pools_able": []}
+    exchange.gets(400, error("INVALID_PARAMS", engine="llamacpp", details=details))
+    with exchange.client() as client:
+        assert refusal(client, ranking).error.details == details
+
+
+def test_what_an_embedding_has_no_use_of_is_refused(exchange: Exchange) -> None:
+    """400, and the field's name."""
+    limited = msgspec.structs.replace(EMBEDDING, max_tokens=8)
+    exchange.given("an idle pool")
+    exchange.asks("POST", "/v1/tasks", body=limited)
+    hint = match.regex("`max_tokens` is about text that is written; leave it out", regex=r".*`max_tokens`.*")
+    exchange.gets(400, error("INVALID_PARAMS", message=hint))
+    with exchange.client() as client:
+        assert "max_tokens" in refusal(client, limited).error.message
+
+
+def test_a_schema_that_cannot_be_kept_is_refused(exchange: Exchange) -> None:
+    """400 with the keyword and its place."""
+    asked = msgspec.structs.replace(ON_LLAMACPP, sampling=Sampling(json_schema={"not": {"type": "string"}}))
+    exchange.given("an idle pool on llamacpp")
+    exchange.asks("POST", "/v1/tasks", body=asked)
+    hint = match.regex("`sampling.json_schema` is refused: at # there is 'not'", regex=r".*json_schema.* 'not'.*")
+    exchange.gets(400, error("INVALID_PARAMS", message=hint, engine=match.type(None)))
+    with exchange.client() as client:
+        assert "'not'" in refusal(client, asked).error.message
 
 
 def test_a_wrong_token_is_refused(exchange: Exchange) -> None:
@@ -441,6 +482,39 @@ def test_a_live_stream_of_llamacpp_names_what_repeats_the_run(exchange: Exchange
     )
     frames = any_of(TOKEN_FRAME, METRICS)
     assert streams(exchange, STORY, stream_of(STARTED, frames, word, frames, last))[-1] == END_FRAME
+
+
+def test_an_embeddings_vectors_are_on_its_end(exchange: Exchange) -> None:
+    """One for each input, and no tokens."""
+    exchange.given("a task has succeeded", **fields_of(EMBEDDING))
+    numbers = r"-?\d[^\],]*(,-?\d[^\],]*)*"
+    last = end(tokens_out="0", finish_reason='"stop"', embeddings=rf"\[\[{numbers}\],\[{numbers}\]\]")
+    done = msgspec.structs.replace(END_FRAME, tokens_out=0, finish_reason=FinishReason.STOP, decode_time_ms=0)
+    done = msgspec.structs.replace(done, embeddings=[[0.6, -0.8], [1.0, 0.0]])
+    frames = streams(exchange, [STARTED_FRAME, METRICS_FRAME, done], stream_of(STARTED, METRICS, last))
+    assert frames == [STARTED_FRAME, METRICS_FRAME, done]
+
+
+def test_a_rankings_scores_are_on_its_end(exchange: Exchange) -> None:
+    """One for each document, which are the inputs behind the query."""
+    exchange.given("a task has succeeded", **fields_of(RANKING))
+    last = end(tokens_out="0", finish_reason='"stop"', scores=r"\[-?\d[^\],]*,-?\d[^\],]*\]")
+    done = msgspec.structs.replace(END_FRAME, tokens_out=0, finish_reason=FinishReason.STOP, decode_time_ms=0)
+    done = msgspec.structs.replace(done, scores=[1.0, 0.25])
+    frames = streams(exchange, [STARTED_FRAME, METRICS_FRAME, done], stream_of(STARTED, METRICS, last))
+    assert frames == [STARTED_FRAME, METRICS_FRAME, done]
+
+
+def test_an_answer_matches_its_schema(exchange: Exchange) -> None:
+    """Real words of a real model, in the form that was asked for."""
+    schema = {"enum": ["yes", "no"]}
+    asked = msgspec.structs.replace(ON_LLAMACPP, max_tokens=None, sampling=Sampling(json_schema=schema))
+    exchange.given("a task was submitted to llamacpp", **fields_of(asked))
+    word = frame("token", t=r'"[\\\"yeno]+"', i=COUNT)
+    example: list[Frame] = [STARTED_FRAME, TokenFrame(t='"yes"', i=0), METRICS_FRAME]
+    example.append(msgspec.structs.replace(END_FRAME, finish_reason=FinishReason.STOP))
+    frames = streams(exchange, example, stream_of(STARTED, any_of(word, METRICS), METRICS, end(finish_reason='"stop"')))
+    assert frames == example
 
 
 def test_a_stream_goes_on_behind_the_last_frame_that_came(exchange: Exchange) -> None:

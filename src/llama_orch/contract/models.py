@@ -13,7 +13,7 @@ Uuid = Annotated[str, Meta(pattern='^[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA
 
 
 class Workload(StrEnum):
-    """The kind of work."""
+    """The kind of work. `embedding` turns each text into a vector and `rerank` scores documents against a query; they write no text, so `messages`, `sampling`, `max_tokens` and `expected_tokens` are refused, and `seed` and `sampler_profile_version` change nothing. Their result is on the `end` frame."""
 
     COMPLETION = 'completion'
     EMBEDDING = 'embedding'
@@ -43,8 +43,8 @@ class Sampling(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
     min_p: Annotated[float, Meta(ge=0, le=1)] | None = None
     repeat_penalty: Annotated[float, Meta(ge=0.01, le=10)] | None = None
     stop: Annotated[list[Annotated[str, Meta(min_length=1, max_length=256)]], Meta(max_length=16)] | None = None  # Texts that end the answer; they are not part of it.
-    json_schema: dict[str, Any] | None = None  # A JSON Schema that the answer must match.
-    grammar: Annotated[str, Meta(max_length=65536)] | None = None  # A GBNF grammar that the answer must match.
+    json_schema: dict[str, Any] | None = None  # A JSON Schema that the answer must match, unless a length limit ends it. What cannot be kept of a schema is refused by name. Only one of `json_schema` and `grammar` may be given.
+    grammar: Annotated[str, Meta(max_length=65536)] | None = None  # A GBNF grammar that the answer must match, unless a length limit ends it.
 
 
 class ChatRole(StrEnum):
@@ -83,10 +83,10 @@ class TaskRequest(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True)
     determinism: Determinism = Determinism.STRICT
     sampler_profile_version: Annotated[str, Meta(min_length=1, max_length=64)] | None = None  # The pool's when absent.
     sampling: Sampling | UnsetType = UNSET
-    prompt: Annotated[str, Meta(min_length=1, max_length=4000000)] | None = None  # Raw text, given to the model as it is.
-    inputs: Annotated[list[Annotated[str, Meta(min_length=1, max_length=4000000)]], Meta(min_length=1, max_length=256)] | None = None  # Several prompts, run in order as one task.
-    messages: Annotated[list[ChatMessage], Meta(min_length=1, max_length=1024)] | None = None  # A conversation; the model's own chat template makes the prompt.
-    max_tokens: Annotated[int, Meta(ge=1, le=2147483647)] | None = None  # The pool's default when absent.
+    prompt: Annotated[str, Meta(min_length=1, max_length=4000000)] | None = None  # Raw text, given to the model as it is. Not for workload `rerank`.
+    inputs: Annotated[list[Annotated[str, Meta(min_length=1, max_length=4000000)]], Meta(min_length=1, max_length=256)] | None = None  # Several prompts, run in order as one task. Of workload `rerank`: the query, then the documents.
+    messages: Annotated[list[ChatMessage], Meta(min_length=1, max_length=1024)] | None = None  # A conversation; the model's own chat template makes the prompt. Only for completions.
+    max_tokens: Annotated[int, Meta(ge=1, le=2147483647)] | None = None  # The pool's default when absent. Only for completions.
     deadline_ms: Annotated[int, Meta(ge=1, le=31536000000)] | None = None  # From admission to the last token.
     expected_tokens: Annotated[int, Meta(ge=1, le=2147483647)] | None = None  # The client's guess of the answer's length, for predictions.
     kv_hint: KvHint | None = None
@@ -248,6 +248,8 @@ class EndFrame(Struct, kw_only=True, frozen=True):
     engine_version: str
     sampler_profile_version: str
     kv_warmth: bool
+    embeddings: list[list[float]] | UnsetType = UNSET  # Only of workload `embedding`: one vector for each input, in their order, each of length 1.
+    scores: list[float] | UnsetType = UNSET  # Only of workload `rerank`: one number for each document, in their order; the higher the better.
 
 
 class StreamEvent(Struct, kw_only=True, frozen=True):

@@ -6,7 +6,9 @@ from collections.abc import Iterable, Sequence
 
 from msgspec import UNSET
 
-from llama_orch.contract.models import TaskRequest
+from llama_orch.contract.models import Sampling, TaskRequest, Workload
+from llama_orch.core.gbnf import GrammarError, check_grammar
+from llama_orch.core.json_schema import json_schema_to_gbnf
 from llama_orch.core.pool import Pool, PoolSpec
 from llama_orch.core.task import Task
 from llama_orch.errors import InvalidParams, NotFound, PoolUnready
@@ -16,9 +18,20 @@ EXTRA_TOKENS = 8
 # The longest tokens of known vocabularies are runs of 128 blanks; a text of more characters per token fits nowhere.
 TOKEN_CHARS_MAX = 256
 
+_FORMS: dict[Workload, tuple[str, ...]] = {
+    Workload.COMPLETION: ("prompt", "inputs", "messages"),
+    Workload.EMBEDDING: ("prompt", "inputs"),
+    Workload.RERANK: ("inputs",),
+}
+_REMEDIES = {
+    Workload.EMBEDDING: "add one on llamacpp whose model was made to embed, or one on ctransformers",
+    Workload.RERANK: "add one on llamacpp whose model was made to rank (pooling type `rank`)",
+}
 
-def matching_pools(pools: Sequence[Pool], request: TaskRequest) -> list[Pool]:
-    """Pools that can do what the request asks, in the configuration's order; a refusal when there is none."""
+
+def matching_pools(pools: Sequence[Pool], request: TaskRequest, everybody: Iterable[Pool] | None = None) -> list[Pool]:
+    """Those of the pools that can do what the request asks, in their order; a refusal when there is none, which names
+    who of `everybody` could."""
     found = [pool for pool in pools if pool.serves(request.model_ref) and not _is_too_small(pool.spec, request)]
     if not found:
         served = ", ".join(sorted({pool.spec.model for pool in pools}))
@@ -33,9 +46,23 @@ def matching_pools(pools: Sequence[Pool], request: TaskRequest) -> list[Pool]:
             )
     able = [pool for pool in found if incapacity(pool.spec, request) is None]
     if not able:
-        spec = found[0].spec
-        raise InvalidParams(str(incapacity(spec, request)), engine=spec.engine)
+        raise _incapable(found[0].spec, request, pools if everybody is None else everybody)
     return able
+
+
+def _incapable(spec: PoolSpec, request: TaskRequest, everybody: Iterable[Pool]) -> InvalidParams:
+    """The refusal, with the pools that can where a whole workload is what is missing."""
+    reason = str(incapacity(spec, request))
+    workload = request.workload.value
+    if workload in spec.workloads:
+        return InvalidParams(reason, engine=spec.engine)
+    others = [pool.spec for pool in everybody if workload in pool.spec.workloads]
+    if others:
+        advice = "; these pools can: " + ", ".join(f"{one.pool_id} ({one.engine}, {one.model})" for one in others)
+    else:
+        advice = f"; no pool can: {_REMEDIES.get(request.workload, 'add one with a model that writes')}"
+    listed = [{"pool_id": one.pool_id, "engine": one.engine, "model_ref": one.model} for one in others]
+    return InvalidParams(reason + advice, engine=spec.engine, details={"workload": workload, "pools_able": listed})
 
 
 def _is_too_small(spec: PoolSpec, request: TaskRequest) -> bool:
@@ -59,13 +86,14 @@ def incapacity(spec: PoolSpec, request: TaskRequest) -> str | None:
     return None
 
 
+def writes(request: TaskRequest) -> bool:
+    """Whether text comes of it: what embeds or ranks reads only."""
+    return request.workload is Workload.COMPLETION
+
+
 def check_request(request: TaskRequest, spec: PoolSpec, sampler_profiles: Iterable[str]) -> None:
     """Everything that can be judged without counting tokens."""
-    given = [name for name in ("prompt", "inputs", "messages") if getattr(request, name) is not None]
-    if len(given) != 1:
-        raise InvalidParams(
-            f"give exactly one of `prompt`, `inputs` and `messages`; given: {', '.join(given) or 'none'}"
-        )
+    _check_fields(request)
     if request.keep_transcript:
         raise InvalidParams("this service keeps no transcripts; leave `keep_transcript` out")
     if request.ctx is not None and request.ctx > spec.ctx:
@@ -78,6 +106,49 @@ def check_request(request: TaskRequest, spec: PoolSpec, sampler_profiles: Iterab
     version = request.sampler_profile_version
     if version is not None and version not in known:
         raise InvalidParams(f"unknown `sampler_profile_version` {version!r}; known: {', '.join(known)}")
+
+
+def _check_fields(request: TaskRequest) -> None:
+    """The form of the prompt, and what has no sense for the workload."""
+    forms = _FORMS[request.workload]
+    given = [name for name in ("prompt", "inputs", "messages") if getattr(request, name) is not None]
+    if len(given) != 1 or given[0] not in forms:
+        wanted = {1: "{}", 2: "exactly one of {} and {}", 3: "exactly one of {}, {} and {}"}[len(forms)]
+        wanted = wanted.format(*(f"`{form}`" for form in forms))
+        where = "" if writes(request) else f" for workload {request.workload.value!r}"
+        raise InvalidParams(f"give {wanted}{where}; given: {', '.join(given) or 'none'}")
+    if request.workload is Workload.RERANK and len(request.inputs or ()) < 2:
+        raise InvalidParams("`inputs` of workload 'rerank' are a query and at least one document; give two or more")
+    if not writes(request):
+        useless = [name for name in ("max_tokens", "expected_tokens") if getattr(request, name) is not None]
+        useless += ["sampling"] if request.sampling is not UNSET else []
+        if useless:
+            raise InvalidParams(
+                f"`{useless[0]}` is about text that is written, and workload {request.workload.value!r} writes none; "
+                "leave it out"
+            )
+    own = request.sampling
+    if own is not UNSET and own.json_schema is not None and own.grammar is not None:
+        raise InvalidParams("give one of `sampling.json_schema` and `sampling.grammar`, not both")
+
+
+def is_constrained(request: TaskRequest) -> bool:
+    """Whether the answer must match something."""
+    own = request.sampling
+    return own is not UNSET and (own.json_schema is not None or own.grammar is not None)
+
+
+def grammar_of(sampling: Sampling) -> str:
+    """The GBNF that the answer must match; a refusal of what is not understood, cannot be kept, or could hurt the
+    engine. May take a tenth of a second."""
+    schema = sampling.json_schema
+    field = "grammar" if schema is None else "json_schema"
+    try:
+        grammar = sampling.grammar or "" if schema is None else json_schema_to_gbnf(schema)
+        check_grammar(grammar)
+    except GrammarError as error:
+        raise InvalidParams(f"`sampling.{field}` is refused: {error}") from error
+    return grammar
 
 
 def check_size(request: TaskRequest, spec: PoolSpec) -> None:
@@ -93,20 +164,35 @@ def check_size(request: TaskRequest, spec: PoolSpec) -> None:
         )
 
 
+def evaluations(request: TaskRequest, counts: Sequence[int]) -> list[int]:
+    """Tokens of each run on the engine, from those of each text: a document is ranked together with its query."""
+    if request.workload is Workload.RERANK:
+        return [counts[0] + count for count in counts[1:]]
+    return list(counts)
+
+
 def token_bound(text: str) -> int:
     """The most tokens that any tokenizer can make of the text."""
     return len(text.encode()) + EXTRA_TOKENS
 
 
+def token_bounds(request: TaskRequest, prompts: Sequence[str]) -> list[int]:
+    """The same of each run on the engine."""
+    return evaluations(request, [token_bound(prompt) for prompt in prompts]) if prompts else []
+
+
 def check_lengths(request: TaskRequest, spec: PoolSpec, prompt_tokens: Sequence[int]) -> int:
     """The task's max_tokens, per prompt; a refusal when a prompt and its answer do not fit the context."""
     longest = max(prompt_tokens)
-    if longest >= spec.ctx:
+    may_fill = spec.reads_whole_ctx and not writes(request)
+    if longest > spec.ctx or (longest == spec.ctx and not may_fill):
         raise InvalidParams(
             f"the prompt has {longest} tokens, but pool {spec.pool_id} has a context of {spec.ctx}; shorten the prompt",
             engine=spec.engine,
             details={"prompt_tokens": longest, "pool_ctx": spec.ctx},
         )
+    if not writes(request):
+        return 0
     room = spec.ctx - longest
     if request.max_tokens is None:
         return min(spec.max_tokens, room)
@@ -126,6 +212,7 @@ def check_bounds(request: TaskRequest, spec: PoolSpec, token_bounds: Sequence[in
     An answer is not cut to what the bound leaves, or its length would depend on when the model had loaded.
     """
     max_tokens = spec.max_tokens if request.max_tokens is None else request.max_tokens
+    max_tokens = max_tokens if writes(request) else 0
     if max(token_bounds) + max_tokens > spec.ctx:
         raise PoolUnready(
             f"no replica of pool {spec.pool_id} is ready to count the prompt's tokens, and the task may not fit its "

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from llama_orch.contract.config import SessionsSettings
 from llama_orch.contract.models import KvHint, ReplicaState
 from llama_orch.core import refusals
+from llama_orch.core.admission import writes
 from llama_orch.core.affinity import Affinity, Warmth
 from llama_orch.core.effects import Effect, Evict
 from llama_orch.core.pool import Pool
@@ -71,20 +72,22 @@ class SessionBook:
     # -- slots ---------------------------------------------------------------------------------------------------------
 
     def session_for_kv(self, task: Task) -> str | None:
-        """The session whose KV the task may take over."""
-        return None if task.request.kv_hint is KvHint.COLD else task.request.session_id
+        """The session whose KV the task may take over. What only reads takes none over and leaves none."""
+        is_cold = task.request.kv_hint is KvHint.COLD or not writes(task.request)
+        return None if is_cold else task.request.session_id
 
     def warmth(self, session_id: str | None) -> Warmth | None:
         return self.affinity.warmth(session_id, self._replicas)
 
     def started(self, task: Task, replica: Replica) -> None:
         if task.lease is not None:
-            self.affinity.taken(task.request.session_id, replica, task.lease.slots[0])
+            own = task.request.session_id if writes(task.request) else None
+            self.affinity.taken(own, replica, task.lease.slots[0])
 
     def ran(self, task: Task, replica: Replica, outcome: Outcome) -> None:
         """The slot that the task ran on holds its session's KV."""
         session_id = task.request.session_id
-        if session_id is not None and session_id in self.sessions and task.lease is not None:
+        if session_id in self.sessions and session_id is not None and task.lease is not None and writes(task.request):
             tokens = min(task.pool.spec.ctx, outcome.tokens_in + outcome.tokens_out)
             self.affinity.remember(session_id, replica, task.lease.slots[0], tokens)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -47,6 +48,8 @@ class Outcome:
     is_kv_warm: bool
     prefill_ms: float = 0.0
     tokens_cached: int = 0
+    embeddings: Sequence[Sequence[float]] | None = None  # one vector for each input, of embedding tasks
+    scores: Sequence[float] | None = None  # one for each document, of rerank tasks
 
 
 def request_digest(request: TaskRequest) -> bytes:

@@ -89,6 +89,15 @@ class EngineTraits:
 
 
 @dataclass(frozen=True, slots=True)
+class Offer:
+    """What an engine does with one model: some of its traits' workloads and features."""
+
+    workloads: tuple[str, ...]
+    features: tuple[str, ...] = ()
+    reads_whole_ctx: bool = False  # a text to read may fill the context; else one token has to stay free
+
+
+@dataclass(frozen=True, slots=True)
 class ReplicaSpec:
     """One worker to launch: one model on one device mask."""
 
@@ -126,6 +135,7 @@ class Sampling:
     min_p: float = 0.05
     repeat_penalty: float = 1.0
     stop: tuple[str, ...] = ()
+    grammar: str | None = None  # GBNF that the answer must match; `grammar_refusal` has passed it
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,6 +173,26 @@ class Completion:
     finish_reason: FinishReason
 
 
+@dataclass(frozen=True, slots=True)
+class ReadJob:
+    """One text to embed; or, with a `query`, one document to score against it."""
+
+    text: str
+    slot: int  # the slot that the scheduler leased
+    query: str | None = None
+    idle_timeout_s: float = 60.0  # raise DecodeStalled when it takes this long
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What a ReadJob yields: the text's vector, of length 1, or the document's score, the higher the better."""
+
+    tokens_in: int
+    ms: float
+    vector: tuple[float, ...] = ()
+    score: float = 0.0
+
+
 class Worker(Protocol):
     """One running replica. `ready` is awaited once, before anything else."""
 
@@ -182,6 +212,10 @@ class Worker(Protocol):
         """Chunks, then exactly one Completion. Closing the iterator cancels: it returns once the engine has stopped
         decoding (the slot is free), or raises WorkerLost when it does not stop in time."""
 
+    async def read(self, job: ReadJob) -> Reading:
+        """Embed or score one text, whatever else runs. Raises JobRefused where the model is not made for it. Canceled,
+        it ends once the engine is done with the text, for no engine stops within one."""
+
     async def evict(self, slot: int) -> None:
         """Forget the KV that an idle slot holds (HP-SES-1). An empty slot is fine; WorkerLost when it cannot be."""
 
@@ -197,6 +231,13 @@ class Engine(Protocol):
 
     def refusal(self, model_path: Path) -> str | None:
         """Why this engine cannot load the file, judged from its header alone; None when it may."""
+
+    def offer(self, model_path: Path) -> Offer:
+        """What it does with the file, which it does not refuse. Reads the header."""
+
+    async def grammar_refusal(self, grammar: str) -> str | None:
+        """Why a worker must not be given this grammar; None when it may. May take seconds the first time; EngineBusy
+        when it cannot be found out in time."""
 
     async def launch(self, spec: ReplicaSpec) -> Worker:
         """Start a worker process (or its in-process stand-in) and return at once; LoadFailed if it cannot start."""

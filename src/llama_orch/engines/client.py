@@ -83,6 +83,7 @@ class CompletionBody(msgspec.Struct, frozen=True):
     min_p: float
     repeat_penalty: float
     stop: tuple[str, ...]
+    grammar: str = ""  # none
     # Of our own dialect (workers/ctransformers.py): take over only what a run from the first token would also have.
     cache_exact: bool | msgspec.UnsetType = msgspec.UNSET
     stream: bool = True
@@ -156,16 +157,18 @@ class LlamaClient:
         """Forget what an idle slot holds."""
         await self.request("POST", f"/slots/{slot}?action=erase", {})
 
-    async def request(self, method: str, path: str, body: object = None) -> bytes:
+    async def request(
+        self, method: str, path: str, body: object = None, limit_s: float | None = _REQUEST_TIMEOUT_S
+    ) -> bytes:
         """One request, the whole body of its answer. Raises JobRefused for 4xx (EngineBusy where memory
         was lacking) and WorkerLost for the rest."""
         exchange = Exchange(self._socket_path)
         try:
-            async with asyncio.timeout(_REQUEST_TIMEOUT_S):
+            async with asyncio.timeout(limit_s):
                 await exchange.send(method, path, self._api_key, _to_json(body))
                 answer = await exchange.read_all()
         except TimeoutError as error:
-            raise WorkerLost(f"{method} {path} had no answer within {_REQUEST_TIMEOUT_S:.0f} s") from error
+            raise WorkerLost(f"{method} {path} had no answer within {limit_s} s") from error
         finally:
             exchange.close()
         if exchange.http_status != 200:
@@ -312,6 +315,7 @@ def completion_body(job: Job, slots: int) -> CompletionBody:
         min_p=sampling.min_p,
         repeat_penalty=sampling.repeat_penalty,
         stop=sampling.stop,
+        grammar=sampling.grammar or "",
     )
 
 
@@ -357,6 +361,6 @@ def _as_exception(fault: Fault) -> EngineError:
         if is_out_of_memory(fault.message):  # how llama.cpp answers when it cannot hold the request itself
             return EngineBusy(f"the worker has no memory for the request: {fault.message}")
         return JobRefused(fault.message)
-    if "context size" in fault.message.lower():
+    if any(words in fault.message.lower() for words in ("context size", "too large to process")):
         return JobRefused(fault.message)
     return WorkerLost(f"the engine failed: {fault.message}")

@@ -12,7 +12,7 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
-from llama_orch.engines.base import EngineTraits, LoadFailed, ReplicaSpec
+from llama_orch.engines.base import EngineTraits, LoadFailed, Offer, ReplicaSpec
 from llama_orch.engines.http_worker import HttpWorker, launch_worker
 from llama_orch.engines.process import STALL_TIMEOUT_S
 from llama_orch.models.gguf import GgufError, GgufHeader, read_gguf_header
@@ -21,6 +21,8 @@ _TENSOR_TYPES = frozenset(
     {"F32", "F16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"}
 )
 
+_FEATURES = ("chat", "kv_reuse")
+_NOT_POOLED, _LAST_TOKEN = 0, 3  # as llama.cpp counts poolings
 _DETERMINISM = (
     "strict: the same bytes for the same seed; it runs one sequence at a time, and takes over a session's KV only in "
     "whole batches of its prompt. best_effort: with a session's KV the bytes may differ"
@@ -43,10 +45,10 @@ class CtransformersEngine:
         return EngineTraits(
             name="ctransformers",
             version=version("ctransformers"),
-            workloads=("completion",),
+            workloads=("completion", "embedding"),
             determinism=_DETERMINISM,
             max_slots=1,
-            features=("chat", "kv_reuse"),
+            features=_FEATURES,
         )
 
     def refusal(self, model_path: Path) -> str | None:
@@ -54,6 +56,20 @@ class CtransformersEngine:
             return _refusal(read_gguf_header(model_path))
         except (GgufError, OSError) as error:
             return str(error)
+
+    def offer(self, model_path: Path) -> Offer:
+        """Any model's last token can be read as a vector, which is what this library does; a model that was trained to
+        pool in another way would be read wrongly."""
+        try:
+            header = read_gguf_header(model_path)
+            pooling = header.kv.get(f"{header.architecture}.pooling_type", _NOT_POOLED)
+        except (GgufError, OSError):  # gone or damaged since: its load will tell
+            pooling = _NOT_POOLED
+        is_last = pooling in (_NOT_POOLED, _LAST_TOKEN)
+        return Offer(self.traits.workloads if is_last else ("completion",), _FEATURES)
+
+    async def grammar_refusal(self, grammar: str) -> str | None:
+        return "ctransformers takes no grammars"
 
     async def launch(self, spec: ReplicaSpec) -> HttpWorker:
         try:

@@ -10,9 +10,11 @@ import asyncio
 import secrets
 from collections.abc import AsyncGenerator, Mapping
 from contextlib import suppress
+from dataclasses import replace
 
 from msgspec import structs
 
+from llama_orch.engines import reading
 from llama_orch.engines.base import (
     Chunk,
     Completion,
@@ -20,6 +22,8 @@ from llama_orch.engines.base import (
     Job,
     JobRefused,
     LoadFailed,
+    Reading,
+    ReadJob,
     ReplicaSpec,
     WorkerFacts,
     WorkerLost,
@@ -54,6 +58,7 @@ class HttpWorker:
         spec: ReplicaSpec,
         *,
         has_chat_template: bool,
+        writes: bool = True,
         has_exact_cache: bool = False,
         exact: ExactPrefixes | None = None,
     ) -> None:
@@ -61,6 +66,7 @@ class HttpWorker:
         self._client = client
         self._spec = spec
         self._has_chat_template = has_chat_template
+        self._writes = writes  # else it reads only, and keeps nothing between two jobs
         self._has_exact_cache = has_exact_cache
         self._exact = exact
         self._launched_at = asyncio.get_running_loop().time()
@@ -97,9 +103,21 @@ class HttpWorker:
     async def evict(self, slot: int) -> None:
         if not 0 <= slot < self._spec.slots:
             raise JobRefused(f"there is no slot {slot}")
+        if not self._writes:
+            return
         if self._exact is not None:
             self._exact.forget(slot)
         await self._client.erase(slot)
+
+    async def read(self, job: ReadJob) -> Reading:
+        began = asyncio.get_running_loop().time()
+        asking = asyncio.ensure_future(reading.read(self._client, job))
+        try:
+            found = await asyncio.shield(asking)
+        except asyncio.CancelledError:
+            await self._let_finish(asking, job)
+            raise
+        return replace(found, ms=(asyncio.get_running_loop().time() - began) * 1000)
 
     async def generate(self, job: Job) -> AsyncGenerator[Chunk | Completion, None]:
         body, tokens = await self._prepared(job)
@@ -172,6 +190,18 @@ class HttpWorker:
     async def stop(self, grace_s: float) -> None:
         await self._process.stop(grace_s)
 
+    async def _let_finish(self, asking: asyncio.Future[Reading], job: ReadJob) -> None:
+        """The slot is free once the engine has read the text; closing the connection would not tell."""
+        try:
+            _, late = await asyncio.wait((asking,), timeout=job.idle_timeout_s)
+        except asyncio.CancelledError:
+            late = {asking}
+        if late:
+            asking.cancel()
+            self._process.kill_soon()
+        elif not asking.cancelled():
+            asking.exception()  # nobody is left to whom it matters
+
     async def _props(self) -> Props:
         try:
             return await self._client.props()
@@ -215,6 +245,7 @@ async def launch_worker(
     spec: ReplicaSpec,
     *,
     has_chat_template: bool,
+    writes: bool = True,
     settings: Mapping[str, object],
     has_exact_cache: bool = False,
     exact_batch: int | None = None,
@@ -247,6 +278,7 @@ async def launch_worker(
         LlamaClient(socket_path, api_key),
         spec,
         has_chat_template=has_chat_template,
+        writes=writes,
         has_exact_cache=has_exact_cache,
         exact=None if exact_batch is None else ExactPrefixes(exact_batch),
     )

@@ -13,11 +13,13 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Literal
 
-from llama_orch.engines.base import EngineTraits, LoadFailed, ReplicaSpec
+from llama_orch.engines.base import EngineTraits, LoadFailed, Offer, ReplicaSpec
 from llama_orch.engines.http_worker import HttpWorker, launch_worker
 from llama_orch.engines.process import STALL_TIMEOUT_S, worker_environment
+from llama_orch.engines.trials import GrammarTrials
 from llama_orch.models.gguf import GgufError, GgufHeader, read_gguf_header
 from llama_orch.models.kv_shape import keeps_every_token
+from llama_orch.models.pooling import ENCODERS, Purpose, pooling_problem, purpose
 from llama_orch.workers.llama_server import refused_argument
 from llama_orch.workers.llamacpp import batch_size
 
@@ -28,6 +30,7 @@ _REQUIRED = ("context_length", "embedding_length", "block_count")  # of every ar
 # "version: 11549 (64fbe0f)"; newer builds say "version: 0.6.0-dev (build 11434, commit 64fbe0f)".
 _VERSION = re.compile(r"version: (?:\S+ \(build )?(\d+)(?: \(|, commit )(\w+)\)")
 
+_FEATURES = ("chat", "grammar", "json_schema", "kv_reuse", "min_p")
 _DETERMINISM = (
     "strict: the same bytes for the same seed; the task has its replica to itself, and takes over a session's KV only "
     "in whole batches of its prompt, evaluated as they would be without it. best_effort: beside other running "
@@ -58,16 +61,17 @@ class LlamaCppEngine:
         self._extra_args = extra_args
         self._cache_ram_mib = cache_ram_mib
         self._stall_timeout_s = stall_timeout_s
+        self._trials = GrammarTrials()
 
     @cached_property
     def traits(self) -> EngineTraits:
         return EngineTraits(
             name="llamacpp",
             version=embedded_version() if self._binary is None else binary_version(self._binary),
-            workloads=("completion",),
+            workloads=tuple(Purpose),
             determinism=_DETERMINISM,
             strict_needs_exclusive=True,
-            features=("chat", "kv_reuse", "min_p"),
+            features=_FEATURES,
         )
 
     def refusal(self, model_path: Path) -> str | None:
@@ -78,6 +82,19 @@ class LlamaCppEngine:
         except (GgufError, OSError) as error:
             return str(error)
 
+    def offer(self, model_path: Path) -> Offer:
+        try:
+            header = read_gguf_header(model_path)
+        except (GgufError, OSError):  # gone or damaged since: its load will tell
+            return Offer((Purpose.COMPLETION,), _FEATURES)
+        made_for = purpose(header)
+        if made_for is Purpose.COMPLETION:
+            return Offer((made_for,), _FEATURES)
+        return Offer((made_for,), reads_whole_ctx=header.architecture in ENCODERS)
+
+    async def grammar_refusal(self, grammar: str) -> str | None:
+        return await self._trials.refusal(grammar)
+
     async def launch(self, spec: ReplicaSpec) -> HttpWorker:
         try:
             header = await asyncio.to_thread(read_gguf_header, spec.model_path)
@@ -86,7 +103,7 @@ class LlamaCppEngine:
         refusal = _refusal(header)
         if refusal is not None:
             raise LoadFailed(refusal)
-        settings: dict[str, object] = {"cache_ram_mib": self._cache_ram_mib}
+        settings: dict[str, object] = {"cache_ram_mib": self._cache_ram_mib, "purpose": purpose(header).value}
         if self._binary is not None:
             settings |= {"binary": str(self._binary.absolute()), "extra_args": list(self._extra_args)}
         return await launch_worker(
@@ -94,6 +111,7 @@ class LlamaCppEngine:
             "llamacpp",
             spec,
             has_chat_template=header.chat_template is not None,
+            writes=purpose(header) is Purpose.COMPLETION,
             settings=settings,
             # Where a layer forgets, llama.cpp goes on from a checkpoint, in other batches than a cold run.
             exact_batch=batch_size({"gpu": spec.backend == "cuda"}) if keeps_every_token(header) else None,
@@ -108,7 +126,7 @@ def _refusal(header: GgufHeader) -> str | None:
     missing = [name for name in names if name not in header.kv]
     if missing:
         return f"llama.cpp cannot load the model: its header names {header.architecture!r} but lacks {missing[0]}"
-    return None
+    return pooling_problem(header)
 
 
 def embedded_version() -> str:

@@ -8,6 +8,7 @@ real engine's end looks like. Nothing here is random: all follows from the jobs,
 from __future__ import annotations
 
 import asyncio
+import math
 import random
 from collections.abc import AsyncGenerator, Callable, Iterator
 from dataclasses import dataclass
@@ -21,6 +22,9 @@ from llama_orch.engines.base import (
     Job,
     JobRefused,
     LoadFailed,
+    Offer,
+    Reading,
+    ReadJob,
     ReplicaSpec,
     WorkerFacts,
     WorkerLost,
@@ -29,6 +33,8 @@ from llama_orch.engines.base import (
 from llama_orch.workers.stop_strings import StopStrings
 
 _VERSION = "1"
+_FEATURES = ("chat", "kv_reuse", "min_p")
+_VECTOR_LENGTH = 8
 _SYLLABLES = ("ka", "lo", "mi", "ren", "su", "té", "vor", "ya", "zel", "ño", "日", "ön")
 _PROMPT_STEP = 512  # tokens of a prompt between two looks at who else is at work
 LOAD_SILENCE_S = 120.0  # as engines.process: a load that says nothing for this long has failed
@@ -84,15 +90,22 @@ class SimulatedEngine:
         return EngineTraits(
             name="simulated",
             version=_VERSION,
-            workloads=("completion",),
+            workloads=("completion", "embedding", "rerank"),
             determinism="strict: the same text for the same seed and prompt, always",
             strict_needs_exclusive=self._strict_needs_exclusive,
-            features=("chat", "kv_reuse", "min_p"),
+            features=_FEATURES,
         )
 
     def refusal(self, model_path: Path) -> str | None:
         """A simulated worker reads no file, so any will do."""
         return None
+
+    def offer(self, model_path: Path) -> Offer:
+        """All that it can: no file says otherwise."""
+        return Offer(self.traits.workloads, _FEATURES)
+
+    async def grammar_refusal(self, grammar: str) -> str | None:
+        return "simulated words follow no grammar"
 
     async def launch(self, spec: ReplicaSpec) -> SimulatedWorker:
         service = self.service(spec) if callable(self.service) else self.service
@@ -260,6 +273,28 @@ class SimulatedWorker:
             finish_reason="stop" if has_ended or stops.has_matched else "length",
         )
 
+    async def read(self, job: ReadJob) -> Reading:
+        """Vectors and scores are functions of the texts alone. A score is the part of the query's words that the
+        document has."""
+        self._check_alive()
+        words = [word for text in (job.query, job.text) if text is not None for word in ("<s>", *text.split())]
+        self._check_slot(job.slot)
+        if len(words) >= self.spec.ctx:
+            raise JobRefused(f"the text's {len(words)} tokens do not fit the context of {self.spec.ctx}")
+        self._busy.add(job.slot)
+        try:
+            took_s = await self._read(len(words), job.idle_timeout_s)
+        except asyncio.CancelledError:
+            if self._service.cancel_s > 0:
+                await self._pass(self._service.cancel_s)
+            raise
+        finally:
+            self._busy.discard(job.slot)
+        if job.query is None:
+            return Reading(len(words), took_s * 1000, vector=_vector(job.text))
+        asked = set(job.query.split())
+        return Reading(len(words), took_s * 1000, score=len(asked & set(job.text.split())) / max(1, len(asked)))
+
     async def stop(self, grace_s: float) -> None:
         if self._service.unload_s > 0:
             await self._pass(self._service.unload_s)
@@ -276,15 +311,18 @@ class SimulatedWorker:
         self._check_alive()
 
     def _check_job(self, job: Job, tokens_in: int) -> None:
-        if not 0 <= job.slot < self.spec.slots:
-            raise JobRefused(f"there is no slot {job.slot}")
+        self._check_slot(job.slot)
         if job.max_tokens < 1:
             raise JobRefused("out of range: max_tokens")
         if tokens_in >= self.spec.ctx:
             raise JobRefused(f"the prompt's {tokens_in} tokens do not fit the context of {self.spec.ctx}")
-        if job.slot in self._busy:
+
+    def _check_slot(self, slot: int) -> None:
+        if not 0 <= slot < self.spec.slots:
+            raise JobRefused(f"there is no slot {slot}")
+        if slot in self._busy:
             # Not an EngineError: two leases of one slot are a mistake of the service, and must not look like a fault.
-            raise RuntimeError(f"slot {job.slot} of {self.spec.replica_id} is leased twice")
+            raise RuntimeError(f"slot {slot} of {self.spec.replica_id} is leased twice")
 
     async def _read(self, tokens: int, idle_timeout_s: float) -> float:
         """Evaluate this much of a prompt; returns the seconds that it took."""
@@ -346,6 +384,14 @@ class SimulatedWorker:
 def _wake(nap: asyncio.Future[None]) -> None:
     if not nap.done():
         nap.set_result(None)
+
+
+def _vector(text: str) -> tuple[float, ...]:
+    """Of length 1."""
+    dice = random.Random(f"vector:{text}")
+    values = [dice.gauss(0.0, 1.0) for _ in range(_VECTOR_LENGTH)]
+    length = math.sqrt(sum(value * value for value in values))
+    return tuple(value / length for value in values)
 
 
 def _common(tokens: list[str], held: list[str]) -> int:

@@ -14,6 +14,7 @@ from itertools import accumulate
 from typing import Literal
 
 from llama_orch.models.gguf import GgufError, GgufHeader, GgufTensor
+from llama_orch.models.pooling import ENCODERS, Purpose, purpose
 from llama_orch.workers.llamacpp import BATCH_CPU, BATCH_GPU
 
 KvType = Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"]
@@ -50,11 +51,8 @@ _STREAM_ROWS = 5
 # Every n-th layer sees everything, the others a window. As llama.cpp has it, where the file does not say.
 _WINDOW_PERIODS = {"gemma2": 2, "gemma3": 6, "gpt-oss": 2, "cohere2": 4}
 _WINDOW_IGNORED = frozenset({"llama", "phi3"})  # llama.cpp gives them a full cache whatever the file says
-# They read a whole batch at once and keep nothing.
-_WITHOUT_KV = frozenset(
-    {"bert", "nomic-bert", "nomic-bert-moe", "neo-bert", "jina-bert-v2", "jina-bert-v3", "dream", "llada", "llada-moe"}
-)
-_UNCERTAIN = frozenset({"gemma-embedding", "modern-bert", "t5", "t5encoder"})
+_UNCERTAIN = frozenset({"eurobert", "gemma-embedding", "modern-bert", "t5", "t5encoder"})
+_WITHOUT_KV = (ENCODERS - _UNCERTAIN) | {"dream", "llada", "llada-moe"}  # they read a whole batch and keep nothing
 _INPUT_TENSORS = frozenset(
     {"token_embd.weight", "position_embd.weight", "token_types.weight", "per_layer_token_embd.weight"}
 )  # on the host even when every layer is on a card
@@ -62,8 +60,8 @@ _INPUT_TENSORS = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class LoadSettings:
-    """What decides, beside the file, how much memory a worker takes. `ctx` is in tokens per slot, `ubatch` in tokens of
-    a prompt that are evaluated at once (None: what our worker pins for the backend)."""
+    """What decides, beside the file, how much memory a worker takes. `ctx` is in tokens per slot, `ubatch` in tokens
+    that are evaluated at once (None: what our worker pins; a whole input where a model embeds or ranks)."""
 
     ctx: int
     slots: int = 1
@@ -135,7 +133,8 @@ class _Model:
 
 def memory_need(header: GgufHeader, settings: LoadSettings) -> MemoryNeed:
     """What loading the file with these settings takes, in bytes. GgufError where the header lacks a figure."""
-    model = _model(header)
+    model, is_whole = _model(header), purpose(header) is not Purpose.COMPLETION
+    settings = replace(settings, ubatch=settings.ctx) if is_whole and settings.ubatch is None else settings
     weights = _weights_on_card(header) if settings.backend == "cuda" else _weights_on_cpu(header)
     kv = _kv_bytes(model, settings)
     compute = _compute_bytes(header, model, settings)

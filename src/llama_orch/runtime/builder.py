@@ -195,15 +195,15 @@ class Builder:
         return Built(Pool(self._pool_spec(draft, is_on_demand), queue, replicas), workers)
 
     def _pool_spec(self, draft: Draft, is_on_demand: bool) -> PoolSpec:
-        settings, traits = draft.settings, draft.engine.traits
+        settings, traits, offer = draft.settings, draft.engine.traits, draft.engine.offer(draft.model.path)
         keep_ms = settings.keep_alive_ms
         return PoolSpec(
             pool_id=settings.id,
             engine=settings.engine,
             engine_version=traits.version,
             model=settings.model,
-            workloads=traits.workloads,
-            features=traits.features,
+            workloads=offer.workloads,
+            features=offer.features,
             slots=max((seat.slots for seat in draft.seats), default=settings.slots),
             ctx=settings.ctx,
             max_tokens=settings.max_tokens,
@@ -211,6 +211,7 @@ class Builder:
             queue_capacity=settings.queue.capacity,
             full_policy=settings.queue.full_policy,
             strict_needs_exclusive=traits.strict_needs_exclusive,
+            reads_whole_ctx=offer.reads_whole_ctx,
             keep_alive_s=None if keep_ms is None else keep_ms / 1000,
             is_on_demand=is_on_demand,
             kv_bytes_per_token=draft.model.kv_bytes_per_token(settings.ctx),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping
 from typing import Any, NamedTuple
 
 from llama_orch.clock import Clock
@@ -15,7 +15,7 @@ from llama_orch.core.task import ENDED, Outcome, Task
 from llama_orch.engines.base import DecodeStalled, EngineBusy, EngineError, JobRefused, WorkerLost
 from llama_orch.errors import DecodeTimeout, Internal, InvalidParams, ReplicaExhausted
 from llama_orch.observe.journal import Journal
-from llama_orch.runtime import jobs
+from llama_orch.runtime import intake, jobs
 from llama_orch.runtime.replicas import Replicas
 from llama_orch.runtime.streams import TaskStream
 
@@ -54,17 +54,17 @@ class Decoding:
         self._spawn = spawn
         self._perform = perform
         # By task number, not by task id: an id may come again while the job of its forgotten task still winds down.
-        self._prompts: dict[int, Sequence[str]] = {}
+        self._measured: dict[int, intake.Measured] = {}
         self._jobs: dict[int, Running] = {}
         self._evictions: dict[tuple[str, int], asyncio.Task[None]] = {}  # by replica and slot
 
-    def prepare(self, task: Task, prompts: Sequence[str]) -> None:
+    def prepare(self, task: Task, measured: intake.Measured) -> None:
         """What the task will decode, as the engine is to see it."""
-        self._prompts[task.number] = prompts
+        self._measured[task.number] = measured
 
     def forget(self, task: Task) -> None:
         """The task has ended: its prompts may be megabytes."""
-        self._prompts.pop(task.number, None)
+        self._measured.pop(task.number, None)
 
     def running(self) -> list[Task]:
         return [running.task for running in self._jobs.values() if running.task.state not in ENDED]
@@ -151,13 +151,14 @@ class Decoding:
         if worker is None:
             raise WorkerLost("the worker was gone before decoding began")
         version = task.request.sampler_profile_version or task.pool.spec.sampler_profile_version
-        prompts = self._prompts[task.number]
+        measured = self._measured[task.number]
         if task.tokens_in is None:  # admitted on a bound, while the model was loading
-            self._scheduler.counted(task.task_id, sum([await worker.count_tokens(prompt) for prompt in prompts]))
+            counts = await intake.count(worker, task.request, measured.prompts)
+            self._scheduler.counted(task.task_id, sum(counts))
         given = jobs.Assignment(
             worker=worker,
-            prompts=prompts,
-            sampling=jobs.sampling_of(task.request, self._settings.sampler_profiles[version]),
+            prompts=measured.prompts,
+            sampling=jobs.sampling_of(task.request, self._settings.sampler_profiles[version], measured.grammar),
             idle_timeout_s=self._settings.tasks.decode_idle_timeout_ms / 1000,
         )
 

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from msgspec import UNSET
 
 from llama_orch.contract.config import SamplerProfileSettings
-from llama_orch.contract.models import FinishReason, KvHint, TaskRequest
+from llama_orch.contract.models import FinishReason, KvHint, TaskRequest, Workload
+from llama_orch.core import admission
 from llama_orch.core.task import Outcome, Task
-from llama_orch.engines.base import Chunk, Completion, Job, KvReuse, Sampling, Worker
+from llama_orch.engines.base import Chunk, Completion, Job, KvReuse, Reading, ReadJob, Sampling, Worker
 from llama_orch.runtime.streams import TaskStream
 
 # Task.inputs run one after the other; each but the first gets a seed of its own, so that equal inputs may differ.
@@ -29,8 +30,8 @@ class Assignment:
     idle_timeout_s: float
 
 
-def sampling_of(request: TaskRequest, profile: SamplerProfileSettings) -> Sampling:
-    """The profile's settings with the task's own over them."""
+def sampling_of(request: TaskRequest, profile: SamplerProfileSettings, grammar: str | None = None) -> Sampling:
+    """The profile's settings with the task's own over them. `grammar`: what came of the task's own at admission."""
     own = request.sampling
 
     def chosen(name: str) -> float:
@@ -44,6 +45,7 @@ def sampling_of(request: TaskRequest, profile: SamplerProfileSettings) -> Sampli
         min_p=chosen("min_p"),
         repeat_penalty=chosen("repeat_penalty"),
         stop=() if own is UNSET or own.stop is None else tuple(own.stop),
+        grammar=grammar,
     )
 
 
@@ -57,6 +59,8 @@ def kv_reuse(task: Task) -> KvReuse:
 
 async def decode(task: Task, given: Assignment, stream: TaskStream, progressed: Callable[[int], None]) -> Outcome:
     """Run the task's prompts in order. `progressed` hears of each chunk's token count before its frame is written."""
+    if not admission.writes(task.request):
+        return await _read(task, given)
     done: list[Completion] = []
     for number, prompt in enumerate(given.prompts):
         job = _job(task, prompt, number, given)
@@ -71,16 +75,40 @@ async def decode(task: Task, given: Assignment, stream: TaskStream, progressed: 
     return _outcome(done)
 
 
-def _job(task: Task, prompt: str, number: int, given: Assignment) -> Job:
+async def _read(task: Task, given: Assignment) -> Outcome:
+    """One text after the other: how texts share a batch can change the numbers (HP-DET-1)."""
+    is_ranking = task.request.workload is Workload.RERANK
+    query = given.prompts[0] if is_ranking else None
+    done: list[Reading] = []
+    for text in given.prompts[1:] if is_ranking else given.prompts:
+        job = ReadJob(text, _slot(task), query, idle_timeout_s=given.idle_timeout_s)
+        done.append(await given.worker.read(job))
+    return Outcome(
+        tokens_in=sum(one.tokens_in for one in done),
+        tokens_out=0,
+        decode_ms=0,
+        finish_reason=FinishReason.STOP,
+        is_kv_warm=False,
+        prefill_ms=sum(one.ms for one in done),
+        embeddings=None if is_ranking else [one.vector for one in done],
+        scores=[one.score for one in done] if is_ranking else None,
+    )
+
+
+def _slot(task: Task) -> int:
     if task.lease is None:
-        raise RuntimeError(f"task {task.task_id} decodes without a lease")
+        raise RuntimeError(f"task {task.task_id} is at work without a lease")
+    return task.lease.slots[0]
+
+
+def _job(task: Task, prompt: str, number: int, given: Assignment) -> Job:
     return Job(
         task_id=task.task_id,
         prompt=prompt,
         max_tokens=task.max_tokens,
         seed=(task.seed + number) & _SEED_MAX,
         sampling=given.sampling,
-        slot=task.lease.slots[0],
+        slot=_slot(task),
         kv_reuse=kv_reuse(task),
         idle_timeout_s=given.idle_timeout_s,
     )

@@ -101,6 +101,8 @@ class Shelf:
         for name in [name for name in names if request.engine in (None, name)]:
             ctx = request.ctx or self._ctx_auto(model)
             problem = model_problem(self._builder.engines[name], model, ctx)
+            if problem is None and request.workload not in self._builder.engines[name].offer(model.path).workloads:
+                problem = f"it cannot do workload {request.workload.value!r} with this model"
             if problem is None:
                 return self._seated(name, model, ctx, is_ctx_asked=request.ctx is not None)
             problems.append(f"{name}: {problem}")

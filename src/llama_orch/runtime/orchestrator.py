@@ -11,6 +11,7 @@ import logging
 from collections.abc import Coroutine
 from contextlib import suppress
 from contextvars import Context
+from dataclasses import replace
 from typing import Any
 
 from msgspec import structs
@@ -62,7 +63,7 @@ class Orchestrator:
         self._clock = clock
         self._settings = settings
         self._streams: dict[str, TaskStream] = {}
-        self._intake = Intake(replicas, scheduler.predictor)
+        self._intake = Intake(builder.engines, replicas, scheduler.predictor)
         self._shelf = Shelf(settings, builder, scheduler, replicas, look)
         self._keeper = Keeper(
             scheduler, replicas, builder, journal, clock, self._spawn, self._perform, lambda: self._wake.set()
@@ -160,7 +161,7 @@ class Orchestrator:
         except NotFound as error:
             made = await self._shelf.pool_for(request, error)
         # What its engine cannot do of the request is refused as with any pool.
-        return admission.matching_pools([made], request)[0]
+        return admission.matching_pools([made], request, self.scheduler.pools.values())[0]
 
     def _see_it_loaded(self, pool: Pool) -> None:
         """The request cannot be judged before the model is there, and will come again: it has to find it."""
@@ -170,7 +171,7 @@ class Orchestrator:
             self._wake.set()
 
     def _admit(self, pool: Pool, request: TaskRequest, measured: Measured) -> Task:
-        bounds = [admission.token_bound(prompt) for prompt in measured.prompts] if measured.counts is None else []
+        bounds = admission.token_bounds(request, measured.prompts) if measured.counts is None else []
         self._keeper.look_at_devices()
         verdict = self.scheduler.submit(
             request,
@@ -183,7 +184,7 @@ class Orchestrator:
             now=self._clock.now(),
         )
         if not verdict.is_repeat:
-            self._decoding.prepare(verdict.task, measured.prompts)
+            self._decoding.prepare(verdict.task, measured)
             self._perform()
             self._wake.set()
         return verdict.task
@@ -273,6 +274,7 @@ class Orchestrator:
         stream.metrics(self._metrics_frame(task, views.NOT_WAITING))
         if task.outcome is not None and task.error is None:
             stream.end(views.end_frame(task, task.outcome, pool))
+            task.outcome = replace(task.outcome, embeddings=None, scores=None)  # the stream has them
         else:
             stream.end((task.error or Internal("the task ended without a result")).body(task.correlation_id))
         self._decoding.forget(task)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
+from msgspec import UNSET
+
 from llama_orch.budgets import BudgetsLeft
 from llama_orch.clock import timestamp
 from llama_orch.contract.models import (
@@ -102,6 +104,8 @@ def end_frame(task: Task, outcome: Outcome, pool: Pool) -> EndFrame:
         engine_version=pool.spec.engine_version,
         sampler_profile_version=task.request.sampler_profile_version or pool.spec.sampler_profile_version,
         kv_warmth=outcome.is_kv_warm,
+        embeddings=UNSET if outcome.embeddings is None else [list(vector) for vector in outcome.embeddings],
+        scores=UNSET if outcome.scores is None else list(outcome.scores),
     )
 
 

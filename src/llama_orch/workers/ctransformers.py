@@ -8,6 +8,7 @@ the context and does not check token ids: ours does both. It knows no min_p, so 
 from __future__ import annotations
 
 import ctypes
+import math
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -119,6 +120,14 @@ class CtransformersModel:
         with self._lock:
             self._llm.eval([token])
         return True
+
+    def vector(self) -> list[float]:
+        with self._lock:
+            values = [float(value) for value in self._llm.embeddings]
+        length = math.sqrt(sum(value * value for value in values))
+        if not (math.isfinite(length) and length > 0):
+            raise dialect.Refused("the model makes no numbers of this text")
+        return [value / length for value in values]
 
     def apply_template(self, messages: list[dict[str, str]]) -> str:
         """Render the model's own template, in a sandbox: it comes out of a file that may be hostile."""

@@ -63,6 +63,8 @@ class Model(Protocol):
         """Take a sampled token into the context; False when the context is full."""
 
     def apply_template(self, messages: list[dict[str, str]]) -> str: ...
+    def vector(self) -> list[float]:
+        """What the last token that was evaluated stands for, scaled to length 1."""
 
 
 @dataclass
@@ -115,10 +117,30 @@ class Dialect:
                 return {"content": b"".join(pieces).decode(errors="replace")}
             case ("POST", "/apply-template"):
                 return {"prompt": model.apply_template(body.get("messages", []))}
+            case ("POST", "/v1/embeddings"):
+                return self._embed(_string(body, "input"))
             case ("POST", "/slots/0?action=erase"):
                 with self._slot:
                     return {"id_slot": 0, "n_erased": model.erase()}
         raise Refused("File Not Found", 404, "not_found_error")
+
+    def _embed(self, text: str) -> Body:
+        tokens = self._model.tokenize(text, add_special=True)
+        self._check_length(tokens)
+        with self._slot:
+            self._model.erase()
+            for _ in self._model.prefill(tokens):
+                pass
+            vector = self._model.vector()
+            self._model.erase()
+        return {"data": [{"index": 0, "embedding": vector}], "usage": {"prompt_tokens": len(tokens)}}
+
+    def _check_length(self, tokens: list[int]) -> None:
+        if len(tokens) >= self._model.n_ctx:
+            raise Refused(
+                f"request ({len(tokens)} tokens) exceeds the available context size ({self._model.n_ctx} tokens)",
+                kind="exceed_context_size_error",
+            )
 
     def complete(self, body: Body, is_gone: Callable[[], bool]) -> Generator[Body, None, None]:
         """A completion's events, the last with `stop`. Ends early, without one, when the client has gone."""
@@ -126,11 +148,7 @@ class Dialect:
         tokens = self._checked(prompt) if isinstance(prompt, list) else None
         with self._slot:
             tokens = tokens or self._model.tokenize(_string(body, "prompt"), add_special=True)
-            if len(tokens) >= self._model.n_ctx:
-                raise Refused(
-                    f"request ({len(tokens)} tokens) exceeds the available context size ({self._model.n_ctx} tokens)",
-                    kind="exceed_context_size_error",
-                )
+            self._check_length(tokens)
             run = _Run(tokens_in=len(tokens))
             for done in self._prefill(tokens, run, body):
                 if is_gone():

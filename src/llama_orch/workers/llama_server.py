@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from llama_orch.workers import lifeline
-from llama_orch.workers.llamacpp import ALL_LAYERS, LOG_VERBOSITY, SPARE_HTTP_THREADS, batch_size
+from llama_orch.workers.llamacpp import ALL_LAYERS, LOG_VERBOSITY, SPARE_HTTP_THREADS, batch_size, purpose
 
 _POLL_FIRST_S = 0.02
 _POLL_MAX_S = 0.5
@@ -30,6 +30,7 @@ _REFUSED_FAMILIES = """
     --tools --mcp --ui --no-ui --webui --no-webui --props --slots --no-slots --metrics --alias
     --model --hf --docker --rpc --ctx-size --parallel --gpu-layers --n-gpu-layers --fit --batch-size --ubatch-size
     --kv-unified --no-kv-unified --cache-ram --threads --log- --verbos --tensor-split --device --main-gpu --split-mode
+    --embedding --rerank --pooling --cache-prompt --no-cache-prompt
 """
 _REFUSED_SHORT_FORMS = """
     -m -mu -md -dr -hf -hfr -hff -hft -hfd -hfrd -hfv -hffv -a -c -np -ngl -b -ub -kvu -no-kvu -cram -t -tb -lv -v
@@ -96,6 +97,8 @@ def arguments(configuration: dict[str, Any], key_file: Path) -> list[str]:
     flags = ["--no-kv-unified", "--slots", "--metrics", "--no-webui", "--offline"]
     if not configuration["gpu"]:
         flags.append("--no-warmup")
+    if purpose(configuration) != "completion":
+        flags += ["--embeddings" if purpose(configuration) == "embedding" else "--reranking", "--no-cache-prompt"]
     pairs = [text for name, value in given.items() for text in (name, str(value))]
     return [*pairs, *flags, *configuration["extra_args"]]
 

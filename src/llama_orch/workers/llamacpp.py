@@ -39,8 +39,15 @@ def main(line: lifeline.Lifeline) -> object:
     return server
 
 
+def purpose(configuration: dict[str, Any]) -> str:
+    """What the model is served for: completion (also where nothing is said), embedding or rerank."""
+    return str(configuration.get("purpose", "completion"))
+
+
 def batch_size(configuration: dict[str, Any]) -> int:
-    """Tokens of a prompt that are evaluated at once."""
+    """Tokens of a prompt that are evaluated at once. What embeds or ranks reads an input as a whole."""
+    if purpose(configuration) != "completion":
+        return int(configuration["ctx"])
     return BATCH_GPU if configuration["gpu"] else BATCH_CPU
 
 
@@ -78,6 +85,10 @@ def parameters(xllamacpp: Any, configuration: dict[str, Any]) -> Any:
     if configuration["tensor_split"]:
         split = list(configuration["tensor_split"])
         settings["tensor_split"] = split + [0.0] * (len(params.tensor_split) - len(split))
+    if purpose(configuration) != "completion":
+        settings |= {"embedding": True, "cache_prompt": False}
+    if purpose(configuration) == "rerank":
+        settings["pooling_type"] = xllamacpp.llama_pooling_type.LLAMA_POOLING_TYPE_RANK
     for name, value in settings.items():
         setattr(params, name, value)
     return params

@@ -21,6 +21,14 @@ MODELS = json.loads(os.environ["FUZZ_MODELS"])  # the first is the real one
 IDS = json.loads(os.environ["FUZZ_IDS"])  # for paths, by their beginning: what is there, and what is not
 RELOADS = json.loads(os.environ["FUZZ_RELOADS"])  # models for the pool that is drained and reloaded
 ACTS_ON_POOLS = ("POST /v1/pools/{id}/drain", "POST /v1/pools/{id}/reload")
+FORMS = (
+    *(("completion", form) for form in ("prompt", "inputs", "messages")),
+    *(("embedding", form) for form in ("prompt", "inputs")),
+    ("rerank", "inputs"),
+)
+# Of a schema or a grammar no schema can say whether it can be kept.
+SCHEMAS = ({"type": "boolean"}, {"enum": ["a", 1, None]}, {"type": "object", "required": ["x"]}, {})
+GRAMMARS = ('root ::= "yes" | "no"', "root ::= [a-z ]{1,40} [.]")
 MAX_TOKENS = 16
 MAX_INPUTS = 3
 CTX = 2048
@@ -94,28 +102,29 @@ def narrowed(request: dict[str, Any], schemas: dict[str, Any]) -> dict[str, Any]
     properties |= {
         "model_ref": {"type": "string", "enum": MODELS},
         "engine": {"type": "string", "nullable": True, "enum": ["llamacpp", None]},
-        "workload": {"type": "string", "enum": ["completion"]},
         "sampler_profile_version": {"type": "string", "nullable": True, "enum": ["v1", "greedy-v1", None]},
         "keep_transcript": {"type": "boolean", "nullable": True, "enum": [False, None]},
     }
-    for feature in ("json_schema", "grammar"):  # neither engine offers it
-        schemas["Sampling"]["properties"][feature] = {"type": "object", "nullable": True, "enum": [None]}
     properties["ctx"]["maximum"] = CTX
-    forms = ("prompt", "inputs", "messages")
+    return {"oneOf": [_one_form(request, properties, workload, form) for workload, form in FORMS]}
+
+
+def _one_form(request: dict[str, Any], properties: dict[str, Any], workload: str, form: str) -> dict[str, Any]:
+    """A task of this workload with its texts in this form, and nothing that has no sense for it."""
     absent = {"type": "string", "nullable": True, "enum": [None]}
-    return {
-        "oneOf": [
-            request
-            | {
-                "required": ["model_ref", form],
-                "properties": {
-                    name: absent if name in forms and name != form else _never_null(value) if name == form else value
-                    for name, value in properties.items()
-                },
-            }
-            for form in forms
-        ]
-    }
+    own = dict(properties)
+    for other in ("prompt", "inputs", "messages"):
+        own[other] = _never_null(own[other]) if other == form else absent
+    own["workload"] = {"type": "string", "enum": [workload]}
+    required = ["model_ref", form]
+    if workload != "completion":
+        required.append("workload")
+        own |= {"max_tokens": absent, "expected_tokens": absent}
+        own |= {"model_ref": {"type": "string", "enum": MODELS[1:]}, "engine": absent}
+        del own["sampling"]  # it cannot be null
+    if workload == "rerank":
+        own["inputs"] = own["inputs"] | {"minItems": 2}
+    return request | {"required": required, "properties": own}
 
 
 def _never_null(schema: dict[str, Any]) -> dict[str, Any]:
@@ -184,11 +193,25 @@ def admissible(body: dict[str, Any], number: int) -> dict[str, Any]:
         body["messages"] = [*body["messages"][:-1], body["messages"][-1] | {"role": "user"}]
     if number % 7 == 0:  # begins it anew where it was deleted
         body["session_id"] = IDS["/v1/sessions/"][0]
+    if body.get("workload", "completion") != "completion":
+        return body
     body["model_ref"] = MODELS[0] if number % 5 else MODELS[1 + number // 5 % (len(MODELS) - 1)]
     if body["model_ref"] != MODELS[0]:
         body.pop("engine", None)
         body.pop("max_tokens", None)
+    if isinstance(body.get("sampling"), dict):
+        body["sampling"] = kept(body["sampling"], number, is_real=body["model_ref"] == MODELS[0])
     return body
+
+
+def kept(sampling: dict[str, Any], number: int, *, is_real: bool) -> dict[str, Any]:
+    """With at most one of schema and grammar, and that one of ours; simulated engines follow none."""
+    asked = [name for name in ("json_schema", "grammar") if sampling.get(name) is not None]
+    sampling = {name: value for name, value in sampling.items() if name not in asked}
+    if asked and is_real:
+        choices: tuple[Any, ...] = SCHEMAS if asked[0] == "json_schema" else GRAMMARS
+        sampling[asked[0]] = choices[number % len(choices)]
+    return sampling
 
 
 # -- the answers -----------------------------------------------------------------------------------------------------
@@ -260,6 +283,8 @@ def frames_in_order(ctx: CheckContext, response: Response, case: Case) -> None:
     frames = [frame for frame in map(parsed, response.text.split("\n\n")) if "event" in frame]
     names = [frame["event"] for frame in frames]
     seen.update(f"frame {name}" for name in names)
+    for end in (json.loads(frame["data"]) for frame in frames if frame["event"] == "end"):
+        seen.update(f"result {name}" for name in ("embeddings", "scores") if name in end)
     numbers = [int(frame["id"]) for frame in frames]
     assert numbers == sorted(set(numbers)), f"frame numbers: {numbers}"
     is_resumed = "last-event-id" in {name.lower() for name in response.request.headers}

@@ -57,6 +57,7 @@ MUST_SEE = {
         *(f"getSession {status}" for status in (200, 400, 401, 404)),
         *(f"deleteSession {status}" for status in (204, 400, 401)),
         *(f"frame {name}" for name in ("started", "token", "metrics", "end", "error")),
+        *(f"result {name}" for name in ("embeddings", "scores")),
     ],
     "control": [
         "hostile correlation-ID",
