@@ -16,7 +16,15 @@ from llama_orch.api import protocol
 from llama_orch.api.auth import identity
 from llama_orch.api.validation import read_body
 from llama_orch.contract.codes import CODES
-from llama_orch.contract.models import DrainRequest, Error, ReloadRequest, TaskRequest
+from llama_orch.contract.models import (
+    DrainRequest,
+    Error,
+    OpenAiChatRequest,
+    OpenAiCompletionRequest,
+    OpenAiEmbeddingRequest,
+    ReloadRequest,
+    TaskRequest,
+)
 from llama_orch.contract.operations import Operation
 from llama_orch.errors import InvalidParams
 from llama_orch.testing.loop import run
@@ -27,7 +35,15 @@ from .service_fake import ABSENT_MODEL, CRASHING_MODEL, ENDING_TASK, FULL_QUEUE,
 TASK = {"model_ref": "builtin:tiny", "prompt": "Once"}
 DRAIN = {"deadline_ms": 30_000}
 RELOAD = {"new_model_ref": "builtin:tiny"}
-GOOD_BODIES = {TaskRequest: TASK, DrainRequest: DRAIN, ReloadRequest: RELOAD}
+CHAT = {"model": "default", "messages": [{"role": "user", "content": "Once"}]}
+GOOD_BODIES = {
+    TaskRequest: TASK,
+    DrainRequest: DRAIN,
+    ReloadRequest: RELOAD,
+    OpenAiChatRequest: CHAT,
+    OpenAiCompletionRequest: {"model": "default", "prompt": "Once"},
+    OpenAiEmbeddingRequest: {"model": "default", "input": ["Once", "Twice"]},
+}
 CID = "test-of-bad-input"
 
 

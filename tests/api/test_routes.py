@@ -24,7 +24,7 @@ OPEN_PATHS = {operation.path for operation in OPERATIONS.values() if operation.i
 
 
 def a_target(path: str) -> str:
-    return path.replace("{id}", SPARE_POOL if path.startswith("/v1/pools") else ENDING_TASK)
+    return path.replace("{id}", SPARE_POOL if path.startswith(("/v1/pools", "/v1/models")) else ENDING_TASK)
 
 
 @pytest.mark.spec("HP-SEC-3")

@@ -14,13 +14,20 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from llama_orch.api.documents import document_bytes
-from llama_orch.contract.models import DrainRequest, ReloadRequest, TaskRequest
+from llama_orch.contract.models import (
+    DrainRequest,
+    OpenAiChatRequest,
+    OpenAiCompletionRequest,
+    OpenAiEmbeddingRequest,
+    ReloadRequest,
+    TaskRequest,
+)
 
 RANGES = {"int32": (-(2**31), 2**31 - 1), "int64": (-(2**63), 2**63 - 1)}
 UUID = "3f2b8c1e-9d5a-4c57-8a43-0c7d5b1f2e90"
 SCHEMAS = {
     name: schema
-    for document in ("data.json", "control.json")
+    for document in ("data.json", "control.json", "openai.json")
     for name, schema in json.loads(document_bytes(document))["components"]["schemas"].items()
 }
 FIELDS = sorted({name for schema in SCHEMAS.values() for name in schema.get("properties", {})})
@@ -99,14 +106,65 @@ TASK = {
     "kv_hint": "reuse",
     "keep_transcript": False,
 }
+CHAT = {
+    "model": "default",
+    "messages": [
+        {"role": "developer", "content": [{"type": "text", "text": "Be brief."}]},
+        {"role": "user", "content": "hi", "name": None},
+        {"role": "assistant", "content": "", "refusal": None, "tool_calls": [], "annotations": [{}], "audio": {}},
+    ],
+    "max_completion_tokens": 5,
+    "max_tokens": None,
+    "response_format": {
+        "type": "json_schema",
+        "json_schema": {"name": "x", "description": "y", "schema": {"type": "object"}, "strict": True},
+    },
+    "temperature": 0.5,
+    "top_p": 1,
+    "seed": 7,
+    "stop": ["\n"],
+    "stream": True,
+    "stream_options": {"include_usage": True, "include_obfuscation": False},
+    "user": "me",
+    "n": 1,
+    "store": False,
+    "metadata": {"a": "b"},
+    "logprobs": False,
+    "logit_bias": {"1": 0.5},
+    "frequency_penalty": 0,
+    "tools": [{"type": "function"}],
+    "tool_choice": "none",
+    "function_call": {"name": "x"},
+    "modalities": ["text"],
+    "prediction": {},
+    "service_tier": "auto",
+}
+COMPLETION = {
+    "model": "default",
+    "prompt": ["Once"],
+    "max_tokens": 5,
+    "stop": "x",
+    "best_of": 1,
+    "echo": False,
+    "suffix": "",
+    "logprobs": 0,
+    "stream_options": None,
+}
+EMBEDDING = {"model": "default", "input": ["a", "b"], "encoding_format": "base64", "dimensions": 8, "user": None}
 BODIES = [
     Body(TaskRequest, TASK, ("model_ref",), examples=1000),
     Body(DrainRequest, {"deadline_ms": 30000}, ("deadline_ms",), examples=200),
     Body(ReloadRequest, {"new_model_ref": "builtin:tiny"}, ("new_model_ref",), examples=200),
+    Body(OpenAiChatRequest, CHAT, ("model", "messages"), examples=600),
+    Body(OpenAiCompletionRequest, COMPLETION, ("model", "prompt"), examples=200),
+    Body(OpenAiEmbeddingRequest, EMBEDDING, ("model", "input"), examples=200),
 ]
 WRONG = {
     TaskRequest: [{"seed": 2**63}, {"task_id": "x"}, {"x": 1}, {"sampling": None}, {"kv_hint": "x"}],
     DrainRequest: [{"deadline_ms": -1}, {"deadline_ms": 604800001}, {"deadline_ms": None}, {"deadline": 1}],
+    OpenAiChatRequest: [{"messages": []}, {"seed": -1}, {"stop": [""]}, {"stream": 1}, {"x": 1}, {"user": 1}],
+    OpenAiCompletionRequest: [{"prompt": [1, 2]}, {"prompt": ["a", "b"]}, {"prompt": ""}, {"temperature": 2.5}],
+    OpenAiEmbeddingRequest: [{"input": []}, {"input": [[1]]}, {"encoding_format": "int8"}],
     ReloadRequest: [{"new_model_ref": ""}, {"new_model_ref": "x" * 1025}, {"new_model_ref": 1}, {"model_ref": "x"}],
 }
 

@@ -13,21 +13,25 @@ from starlette.types import ASGIApp
 from llama_orch.api.auth import security_map
 from llama_orch.api.documents import Documents, merged_document
 from llama_orch.api.edge import Edge
+from llama_orch.api.openai import OpenAi
 from llama_orch.api.pools import Pools
 from llama_orch.api.service import Service
 from llama_orch.api.sessions import Sessions
 from llama_orch.api.system import System
 from llama_orch.api.tasks import Tasks
 from llama_orch.api.validation import DirectApp, RequestCheck, ResponseCheck, StrictRouting
+from llama_orch.clock import SystemClock
 from llama_orch.contract.config import Settings
 from llama_orch.contract.operations import Handlers
 
 
-class Api(Tasks, Sessions, Pools, System):
+class Api(Tasks, Sessions, Pools, System, OpenAi):
     """One method per operation of the contract."""
 
     def __init__(self, service: Service) -> None:
         self._service = service
+        self._clock = SystemClock()
+        self._started_at = int(self._clock.wall())
 
 
 def handler_name(operation_id: str) -> str:

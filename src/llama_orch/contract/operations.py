@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, NamedTuple, Protocol
 
 from msgspec import Meta
 
-from .models import DrainRequest, ReloadRequest, TaskRequest, TaskState, Uuid
+from .models import Determinism, DrainRequest, OpenAiChatRequest, OpenAiCompletionRequest, OpenAiEmbeddingRequest, Priority, ReloadRequest, TaskRequest, TaskState, Uuid
 
 API_VERSION = '2.3.0'
 
@@ -71,6 +71,41 @@ OPERATIONS: dict[str, Operation] = {
         ),
         (200, 400, 401, 403), is_open=False,
     ),
+    'listOpenAiModels': Operation(
+        'listOpenAiModels', 'openai', 'GET', '/v1/models', None,
+        (),
+        (200, 400, 401, 403), is_open=False,
+    ),
+    'createCompletion': Operation(
+        'createCompletion', 'openai', 'POST', '/v1/completions', OpenAiCompletionRequest,
+        (
+            Parameter('X-Priority', 'header', Priority, False, None),
+            Parameter('X-Session-Id', 'header', Uuid, False, None),
+            Parameter('X-Deadline-Ms', 'header', Annotated[int, Meta(ge=1, le=31536000000)], False, None),
+            Parameter('X-Determinism', 'header', Determinism, False, None),
+        ),
+        (200, 400, 401, 403, 404, 409, 413, 415, 429, 503, 504), is_open=False,
+    ),
+    'createEmbedding': Operation(
+        'createEmbedding', 'openai', 'POST', '/v1/embeddings', OpenAiEmbeddingRequest,
+        (
+            Parameter('X-Priority', 'header', Priority, False, None),
+            Parameter('X-Session-Id', 'header', Uuid, False, None),
+            Parameter('X-Deadline-Ms', 'header', Annotated[int, Meta(ge=1, le=31536000000)], False, None),
+            Parameter('X-Determinism', 'header', Determinism, False, None),
+        ),
+        (200, 400, 401, 403, 404, 409, 413, 415, 429, 503, 504), is_open=False,
+    ),
+    'createChatCompletion': Operation(
+        'createChatCompletion', 'openai', 'POST', '/v1/chat/completions', OpenAiChatRequest,
+        (
+            Parameter('X-Priority', 'header', Priority, False, None),
+            Parameter('X-Session-Id', 'header', Uuid, False, None),
+            Parameter('X-Deadline-Ms', 'header', Annotated[int, Meta(ge=1, le=31536000000)], False, None),
+            Parameter('X-Determinism', 'header', Determinism, False, None),
+        ),
+        (200, 400, 401, 403, 404, 409, 413, 415, 429, 503, 504), is_open=False,
+    ),
     'getTask': Operation(
         'getTask', 'data', 'GET', '/v1/tasks/{id}', None,
         (
@@ -96,6 +131,13 @@ OPERATIONS: dict[str, Operation] = {
         'getPool', 'control', 'GET', '/v1/pools/{id}', None,
         (
             Parameter('id', 'path', Annotated[str, Meta(min_length=1, max_length=64)], True, None),
+        ),
+        (200, 400, 401, 403, 404), is_open=False,
+    ),
+    'getOpenAiModel': Operation(
+        'getOpenAiModel', 'openai', 'GET', '/v1/models/{id}', None,
+        (
+            Parameter('id', 'path', Annotated[str, Meta(min_length=1, max_length=1024)], True, None),
         ),
         (200, 400, 401, 403, 404), is_open=False,
     ),
@@ -142,9 +184,14 @@ ALLOW: dict[str, str] = {
     '/v1/tasks': 'GET, HEAD, POST',
     '/v1/capabilities': 'GET, HEAD',
     '/v1/pools': 'GET, HEAD',
+    '/v1/models': 'GET, HEAD',
+    '/v1/completions': 'POST',
+    '/v1/embeddings': 'POST',
+    '/v1/chat/completions': 'POST',
     '/v1/tasks/{id}': 'GET, HEAD',
     '/v1/sessions/{id}': 'DELETE, GET, HEAD',
     '/v1/pools/{id}': 'GET, HEAD',
+    '/v1/models/{id}': 'GET, HEAD',
     '/v1/tasks/{id}/stream': 'GET, HEAD',
     '/v1/tasks/{id}/cancel': 'POST',
     '/v1/pools/{id}/health': 'GET, HEAD',
@@ -162,10 +209,15 @@ class Handlers(Protocol):
     async def create_task(self, *, body: TaskRequest) -> Any: ...  # POST /v1/tasks
     async def get_capabilities(self) -> Any: ...  # GET /v1/capabilities
     async def list_pools(self, *, limit: Annotated[int, Meta(ge=1, le=200)], cursor: Annotated[str, Meta(min_length=1, max_length=200)] | None) -> Any: ...  # GET /v1/pools
+    async def list_open_ai_models(self) -> Any: ...  # GET /v1/models
+    async def create_completion(self, *, body: OpenAiCompletionRequest, x_priority: Priority | None, x_session_id: Uuid | None, x_deadline_ms: Annotated[int, Meta(ge=1, le=31536000000)] | None, x_determinism: Determinism | None) -> Any: ...  # POST /v1/completions
+    async def create_embedding(self, *, body: OpenAiEmbeddingRequest, x_priority: Priority | None, x_session_id: Uuid | None, x_deadline_ms: Annotated[int, Meta(ge=1, le=31536000000)] | None, x_determinism: Determinism | None) -> Any: ...  # POST /v1/embeddings
+    async def create_chat_completion(self, *, body: OpenAiChatRequest, x_priority: Priority | None, x_session_id: Uuid | None, x_deadline_ms: Annotated[int, Meta(ge=1, le=31536000000)] | None, x_determinism: Determinism | None) -> Any: ...  # POST /v1/chat/completions
     async def get_task(self, *, id: Uuid) -> Any: ...  # GET /v1/tasks/{id}
     async def get_session(self, *, id: Uuid) -> Any: ...  # GET /v1/sessions/{id}
     async def delete_session(self, *, id: Uuid) -> Any: ...  # DELETE /v1/sessions/{id}
     async def get_pool(self, *, id: Annotated[str, Meta(min_length=1, max_length=64)]) -> Any: ...  # GET /v1/pools/{id}
+    async def get_open_ai_model(self, *, id: Annotated[str, Meta(min_length=1, max_length=1024)]) -> Any: ...  # GET /v1/models/{id}
     async def stream_task(self, *, id: Uuid) -> Any: ...  # GET /v1/tasks/{id}/stream
     async def cancel_task(self, *, id: Uuid) -> Any: ...  # POST /v1/tasks/{id}/cancel
     async def get_pool_health(self, *, id: Annotated[str, Meta(min_length=1, max_length=64)]) -> Any: ...  # GET /v1/pools/{id}/health
