@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from llama_orch.api.openai_run import ChunkedAnswer, Run, WholeAnswer
+from llama_orch.api.openai_run import ChunkedAnswer, Run, Waiters, WholeAnswer
 from llama_orch.api.service import Service
 from llama_orch.clock import Clock, new_id
 from llama_orch.contract.models import (
@@ -31,6 +31,7 @@ class OpenAi:
     _service: Service
     _clock: Clock
     _started_at: int  # seconds since 1970
+    _waiters: Waiters
 
     # -- models --------------------------------------------------------------------------------------------------------
 
@@ -114,7 +115,8 @@ class OpenAi:
         request = embedding_task(body, extras, self._served(body.model), subject.task_id)
         is_base64 = body.encoding_format == "base64"
         return WholeAnswer(
-            Run(self._service, request), lambda text, end: embeddings_answer(subject, end, is_base64=is_base64)
+            Run(self._service, request, self._waiters),
+            lambda text, end: embeddings_answer(subject, end, is_base64=is_base64),
         )
 
     def _subject(self, model: str) -> Subject:
@@ -123,7 +125,7 @@ class OpenAi:
     def _answer(
         self, request: TaskRequest, wording: Wording, is_stream: bool | None, options: OpenAiStreamOptions | None
     ) -> ChunkedAnswer | WholeAnswer:
-        run = Run(self._service, request)
+        run = Run(self._service, request, self._waiters)
         if not is_stream:
             return WholeAnswer(run, wording.whole)
         return ChunkedAnswer(run, Chunks(wording, tells_usage=options is not None and bool(options.include_usage)))

@@ -41,11 +41,30 @@ class TaskEnded(LlorchError):
         return {**super().headers(), "X-Task-Id": self._task_id}
 
 
+class Waiters:
+    """Those who wait for a model before they are admitted: each holds a connection and a body, so there is a limit."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._runs: set[Run] = set()
+
+    def take(self, run: Run) -> bool:
+        """Whether there is room, or the run has it already."""
+        if run not in self._runs and len(self._runs) >= self._limit:
+            return False
+        self._runs.add(run)
+        return True
+
+    def release(self, run: Run) -> None:
+        self._runs.discard(run)
+
+
 class Run:
     """`request` has its `task_id`."""
 
-    def __init__(self, service: Service, request: TaskRequest) -> None:
+    def __init__(self, service: Service, request: TaskRequest, waiters: Waiters) -> None:
         self._service = service
+        self._waiters = waiters
         self._request = request
         self.task_id = request.task_id or ""
         self._admission: AdmissionResponse | None = None
@@ -68,9 +87,10 @@ class Run:
         except PoolUnready as error:
             wait_s = min(ASK_AGAIN_S, (error.retry_after_ms or 0) / 1000)
             self._asks_again = self._now() + wait_s
-            if self._asks_again >= self._gives_up:
+            if self._asks_again >= self._gives_up or not self._waiters.take(self):
                 raise
         else:
+            self._waiters.release(self)
             self._reader = self._service.open_stream(self.task_id, -1)
 
     def _request_now(self) -> TaskRequest:
@@ -98,6 +118,7 @@ class Run:
         return self._now() >= self._asks_again
 
     async def leave(self) -> None:
+        self._waiters.release(self)
         if self._reader is not None:
             self._reader.close()
         if not self._has_ended:
