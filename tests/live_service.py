@@ -59,15 +59,20 @@ class LiveService:
 
 @contextmanager
 def live_service(
-    configuration: Mapping[str, Any] | None = None, *, token: str = TOKEN, env: Mapping[str, str] | None = None
+    configuration: Mapping[str, Any] | None = None,
+    *,
+    token: str = TOKEN,
+    env: Mapping[str, str] | None = None,
+    home: Path | None = None,
 ) -> Iterator[LiveService]:
-    """Start the service with this configuration on a free port, in a home of its own; end it with the block.
+    """Start the service with this configuration on a free port, in a home of its own unless one is given; end it with
+    the block.
 
     It ends because its standard input closes, as it would if this process died. One that does not end is killed, and
     that is a failure. `env` is added to the environment.
     """
     with tempfile.TemporaryDirectory(prefix="llorch-live-") as folder:
-        home, config, log_path = Path(folder, "home"), Path(folder, "config.yaml"), Path(folder, "service.log")
+        home, config, log_path = home or Path(folder, "home"), Path(folder, "config.yaml"), Path(folder, "service.log")
         config.write_text(json.dumps(configuration or {}))  # JSON is YAML
         with log_path.open("wb") as log, _process(config, log, _environment(home, token, env or {})) as process:
             yield LiveService(_listening(process, log_path), token, process, home, log_path)

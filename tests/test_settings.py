@@ -219,6 +219,8 @@ def test_a_card_that_is_named_twice() -> None:
         "on_demand: {enabled: false, slots: 1, keep_alive_ms: 0, min_residency_ms: 0}",
         "catalog: {file_roots: [/models, ~/models]}",
         "pools: [{keep_alive_ms: 0}]",
+        "tasks: {keep_transcripts: true}",
+        "policy: {outbound: {default: deny, allow: ['https://*.example.com:443', 10.0.0.0/8, '[fd00::/8]:80']}}",
     ],
 )
 def test_no_contradiction(text: str) -> None:
@@ -230,9 +232,7 @@ def test_no_contradiction(text: str) -> None:
 @pytest.mark.parametrize(
     ("text", "path"),
     [
-        ("tasks: {keep_transcripts: true}", "tasks.keep_transcripts"),
         ("catalog: {trust_policy: {mode: strict}}", "catalog.trust_policy.mode"),
-        ("policy: {outbound: {default: deny}}", "policy.outbound.default"),
     ],
 )
 def test_nothing_is_ignored_in_silence(text: str, path: str) -> None:
@@ -384,3 +384,12 @@ def test_other_addresses_need_128_bits(host: str) -> None:
     for token in ("Zm9vYmFyYmF6cXV4MTIzNA", hexadecimal, "0123456789" * 4):
         check_bind(host, token, False)
     check_bind(host, "made by us", True)
+
+
+@pytest.mark.spec("HP-SEC-4", "HP-ALN-3")
+@pytest.mark.parametrize("entry", ["ftp://a.example", "a.example/path", "10.0.0.1/8", "ex*mple.com", "u@a.example", ""])
+def test_an_entry_of_the_outbound_lists_that_cannot_be_read(entry: str) -> None:
+    """A start with it would allow or deny something else than was meant."""
+    (problem,) = _problems(f"policy: {{outbound: {{allow: ['*', '{entry}']}}}}")
+    assert problem.startswith(f"policy.outbound.allow[1]: {entry!r}")
+    assert "[SCHEME://]HOST[:PORT]" in problem or "http or https" in problem

@@ -21,6 +21,7 @@ MAY_CATCH_EVERYTHING = {
     ("runtime/replicas.py", "_one_life"),  # around one replica's supervision
     ("runtime/replicas.py", "_stop"),  # and around its end
     ("api/edge.py", "_http"),  # the border of one request: nothing but our envelope goes out
+    ("outbound/plugins.py", "_answer"),  # somebody else's code judges: whatever it is, the answer is no
     ("workers/lifeline.py", "run"),  # the border of another process: whatever it is, the load has failed
 }
 VIRTUAL_TIME = "llama_orch.testing.loop"  # under this loop asyncio.sleep takes no time

@@ -171,6 +171,16 @@ class PolicyDenied(LlorchError):
     code = ErrorCode.POLICY_DENIED
 
 
+class StorageUnavailable(LlorchError):
+    code = ErrorCode.STORAGE_UNAVAILABLE
+
+
+class UpstreamFailed(LlorchError):
+    """What another machine did wrong, in our words: what it says itself is not to be trusted."""
+
+    code = ErrorCode.UPSTREAM_FAILED
+
+
 class Canceled(LlorchError):
     code = ErrorCode.CANCELED
 

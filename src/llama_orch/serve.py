@@ -13,6 +13,8 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import closing
 
 import uvicorn
 import uvloop
@@ -30,11 +32,16 @@ from llama_orch.engines.registry import build_engines
 from llama_orch.models.calibration import Calibration
 from llama_orch.models.digest import Digests
 from llama_orch.observe import logs
+from llama_orch.outbound.plugins import Plugins
 from llama_orch.runtime.builder import Builder
 from llama_orch.runtime.library import FileLibrary
 from llama_orch.runtime.plan import Plan, PlanError, plan_with
 from llama_orch.runtime.wiring import wire
 from llama_orch.settings import Home
+from llama_orch.stores.artifacts import FOLDER_NAME as ARTIFACTS_NAME
+from llama_orch.stores.artifacts import ArtifactStore
+from llama_orch.stores.database import FILE_NAME as DATABASE_NAME
+from llama_orch.stores.database import Database
 
 log = logging.getLogger("llama_orch.serve")
 
@@ -48,7 +55,8 @@ def run_server(settings: Settings, home: Home, token: str, *, lifeline: bool) ->
 
     `lifeline` is for the server that a command starts for itself: it ends with the command, which is when standard
     input closes, and it works beside any other on the same home folder. So it does not hold that folder's lock, and may
-    keep nothing there but caches that are replaced as a whole.
+    keep nothing there but caches that are replaced as a whole, and what goes through the stores, which several
+    processes may use at once.
     """
     logs.set_up(settings.logs.level, settings.logs.format, [token])
     with contextlib.nullcontext() if lifeline else home_lock.hold(home):
@@ -59,6 +67,7 @@ def _serve(settings: Settings, home: Home, token: str, *, lifeline: bool) -> int
     _allow_descriptors(settings)
     sweep_private_folders()  # what a service that was killed could not remove
     try:
+        plugins = Plugins.installed()
         engines = _engines(settings)
         sources = discover(settings.devices, lambda uuids: _can_use_cuda(settings, uuids))
         digests = Digests(home.path / "digests.json")
@@ -68,8 +77,22 @@ def _serve(settings: Settings, home: Home, token: str, *, lifeline: bool) -> int
         for problem in getattr(error, "problems", [str(error)]):
             print(f"error: {problem}", file=sys.stderr)
         return 1
-    with listener, asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        return runner.run(_Program(settings, token, engines, plan, digests).run(listener, lifeline=lifeline))
+    database = Database(home.path / DATABASE_NAME)
+    artifacts = ArtifactStore(database, home.path / ARTIFACTS_NAME, SystemClock().wall, [token])
+    database.submit(artifacts.sweep).add_done_callback(_swept)
+    with listener, closing(database), asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        return runner.run(
+            _Program(settings, token, engines, plan, digests, artifacts, plugins).run(listener, lifeline=lifeline)
+        )
+
+
+def _swept(sweep: Future[int]) -> None:
+    """A disk that does not do is no reason not to serve; whoever needs it is told."""
+    error = sweep.exception()
+    if error is not None:
+        log.warning("the store was not swept: %s", error)
+    elif sweep.result():
+        log.info("%d files that interrupted writes had left in the store were removed", sweep.result())
 
 
 def _builder(engines: Mapping[str, Engine], sources: Sequence[Source], home: Home, digests: Digests) -> Builder:
@@ -88,6 +111,8 @@ class _Program:
         engines: Mapping[str, Engine],
         plan: Plan,
         digests: Digests,
+        artifacts: ArtifactStore,
+        plugins: Plugins,
     ) -> None:
         self._digests = digests
         library = plan.builder.library
@@ -98,6 +123,8 @@ class _Program:
             digest=lambda path: asyncio.to_thread(digests.of, path),
             clock=SystemClock(),
             look=lambda reference: asyncio.to_thread(library.look, reference),
+            artifacts=artifacts,
+            plugins=plugins,
         )
         app = build_app(service, token=token, settings=settings)
         self._server = _Server(

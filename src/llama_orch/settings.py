@@ -23,6 +23,7 @@ import msgspec
 
 from llama_orch.contract.config import DeviceSettings, LlamacppSettings, PoolSettings, Settings
 from llama_orch.device_checks import are_on_one_card, device_problems
+from llama_orch.policy.rules import list_problems
 from llama_orch.strict_yaml import StrictYamlError, parse_yaml
 
 FILE_BYTES_MAX = 1 << 20
@@ -34,7 +35,7 @@ _TOKEN_DISTINCT_MIN = 8
 _TOKEN_BYTES_MAX = 4096
 
 # Sections of the contract that this version does not build: only their defaults are accepted.
-_NOT_BUILT = ("catalog.trust_policy", "policy", "tasks.keep_transcripts")
+_NOT_BUILT = ("catalog.trust_policy",)
 
 
 class SettingsError(Exception):
@@ -176,6 +177,7 @@ def check_settings(settings: Settings) -> list[str]:
     for index, root in enumerate(settings.catalog.file_roots):
         if not Path(root).expanduser().is_absolute():
             problems.append(f"catalog.file_roots[{index}]: {root!r} is no absolute path")
+    problems += list_problems(settings.policy.outbound)
     return problems + list(_not_built_problems(settings))
 
 

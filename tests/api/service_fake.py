@@ -18,9 +18,12 @@ from llama_orch.contract.models import (
     Concurrency,
     Device,
     EndFrame,
+    FetchRequest,
+    FetchResult,
     FinishReason,
     FullPolicy,
     MetricsFrame,
+    PolicyDecision,
     Pool,
     PoolHealth,
     PoolList,
@@ -45,12 +48,16 @@ from llama_orch.errors import (
     Conflict,
     InvalidParams,
     NotFound,
+    PolicyDenied,
     PoolUnavailable,
     PoolUnready,
     ReplicaExhausted,
+    UpstreamFailed,
     WorkerReset,
 )
 from llama_orch.runtime.streams import TaskStream
+
+from .artifacts_fake import FakeArtifacts
 
 SECRET = "hunter2-in-an-exception"
 
@@ -59,6 +66,10 @@ FULL_QUEUE = "builtin:full-queue"
 CRASHING_MODEL = "builtin:crashing"
 SLOW_MODEL = "builtin:slow"  # its load goes on until `loaded`
 ABSENT_MODEL = "builtin:absent"
+DENIED_URL = "http://denied.example/"
+UNREADABLE_URL = "no URL"
+BROKEN_URL = "http://broken.example/"
+CROWDED_URL = "http://crowded.example/"
 UNWANTED_MODEL = "builtin:unwanted"  # not now
 UNREADY_MODEL = "builtin:unready"  # refused until its `loads_left` have passed
 FAILING_MODEL = "builtin:failing"  # its tasks lose their worker
@@ -169,13 +180,15 @@ class FakePool:
         self.model, self.loads, self.deadlines_ms = self.loads, None, []
 
 
-class FakeService:
+class FakeService(FakeArtifacts):
     def __init__(self) -> None:
+        super().__init__(forever=ENDING_TASK)
         self.pools = {name: FakePool() for name in ("default", SPARE_POOL, MISSHAPEN_POOL)}
         self.requests: dict[str, TaskRequest] = {}
         self.readers: dict[str, FakeReader] = {}
         self.canceled: list[str] = []
         self.listed: list[dict[str, object]] = []
+        self.fetched: list[FetchRequest] = []
         self.left = NO_BUDGETS
         self.ended_sessions: set[str] = set()
         self.loads_left = 0
@@ -316,6 +329,28 @@ class FakeService:
         if new_model_ref != SLOW_MODEL:
             pool.loaded()
         return self.get_pool_health(pool_id)
+
+    async def check_outbound(self, url: str) -> PolicyDecision:
+        allowed = url != DENIED_URL
+        return PolicyDecision(
+            allowed=allowed,
+            rule="default" if allowed else "deny[0]",
+            reason="because",
+            url=None if url == UNREADABLE_URL else url,
+            addresses=["192.0.2.1"],
+            audit_id=ENDING_TASK,
+        )
+
+    async def fetch_url(self, request: FetchRequest) -> FetchResult:
+        self.fetched.append(request)
+        if request.url == DENIED_URL:
+            raise PolicyDenied("a rule denies it", policy_label="deny[0]", details={"audit_id": ENDING_TASK})
+        if request.url == BROKEN_URL:
+            raise UpstreamFailed("broken.example breaks off", details={"audit_id": ENDING_TASK})
+        if request.url == CROWDED_URL:
+            raise ReplicaExhausted("too many at once", retry_after_ms=1200)
+        headers = {"content-type": "text/plain"}
+        return FetchResult(status=404, headers=headers, text="n\u00e4h", url=request.url, audit_id=ENDING_TASK)
 
     def capabilities(self) -> Capabilities:
         return Capabilities(

@@ -11,17 +11,21 @@ from typing import Any, NamedTuple
 
 import msgspec
 import pytest
+from msgspec import structs
 
 from llama_orch.api import protocol
 from llama_orch.api.auth import identity
 from llama_orch.api.validation import read_body
 from llama_orch.contract.codes import CODES
 from llama_orch.contract.models import (
+    Artifact,
     DrainRequest,
     Error,
+    FetchRequest,
     OpenAiChatRequest,
     OpenAiCompletionRequest,
     OpenAiEmbeddingRequest,
+    OutboundCheck,
     ReloadRequest,
     TaskRequest,
 )
@@ -29,17 +33,22 @@ from llama_orch.contract.operations import Operation
 from llama_orch.errors import InvalidParams
 from llama_orch.testing.loop import run
 
-from .harness import BEARER, MAX_BODY_BYTES, Answer, HeaderList, Server
+from .harness import BEARER, MAX_BODY_BYTES, SETTINGS, Answer, HeaderList, Server, serving
 from .service_fake import ABSENT_MODEL, CRASHING_MODEL, ENDING_TASK, FULL_QUEUE, MISSHAPEN_POOL, SECRET, SPARE_POOL
 
 TASK = {"model_ref": "builtin:tiny", "prompt": "Once"}
 DRAIN = {"deadline_ms": 30_000}
 RELOAD = {"new_model_ref": "builtin:tiny"}
+ARTIFACT = {"kind": "plan", "content": {"a": 1}}
+URL = {"url": "https://example.com/"}
 CHAT = {"model": "default", "messages": [{"role": "user", "content": "Once"}]}
 GOOD_BODIES = {
     TaskRequest: TASK,
+    Artifact: ARTIFACT,
     DrainRequest: DRAIN,
     ReloadRequest: RELOAD,
+    OutboundCheck: URL,
+    FetchRequest: URL,
     OpenAiChatRequest: CHAT,
     OpenAiCompletionRequest: {"model": "default", "prompt": "Once"},
     OpenAiEmbeddingRequest: {"model": "default", "input": ["Once", "Twice"]},
@@ -415,6 +424,18 @@ def test_a_refused_body_that_comes_late_leaves_the_connection_in_order(server: S
     """A client that sends its body after the answer can go on using the connection."""
     head = b"POST /v1/tasks HTTP/1.1\r\nHost: localhost\r\nContent-Length: 5\r\n\r\n"
     with closing(server.connect(head)) as client:
+        assert client.recv(65536).startswith(b"HTTP/1.1 401 ")
+        client.sendall(b"12345GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert client.recv(65536).startswith(b"HTTP/1.1 200 ")
+
+
+def test_a_large_body_leaves_the_connection_in_order() -> None:
+    """What a request had is not counted against the next one, whose body comes after its head."""
+    settings = structs.replace(SETTINGS, server=structs.replace(SETTINGS.server, max_body_bytes=1 << 20))
+    head = b"POST /v1/tasks HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n"
+    with serving(settings) as server, closing(server.connect(head % 400_000)) as client:
+        assert client.recv(65536).startswith(b"HTTP/1.1 401 ")
+        client.sendall(b"x" * 400_000 + head % 5)
         assert client.recv(65536).startswith(b"HTTP/1.1 401 ")
         client.sendall(b"12345GET /healthz HTTP/1.1\r\nHost: localhost\r\n\r\n")
         assert client.recv(65536).startswith(b"HTTP/1.1 200 ")

@@ -72,7 +72,7 @@ def test_metrics_are_prometheus_text(checking_server: Server) -> None:
 def test_every_operation_succeeds_as_the_contract_says(checking_server: Server, op: Operation) -> None:
     """Each operation reaches its handler and answers with its success status and a valid body."""
     answer = checking_server.call(op.method, a_target(op.path), body=body_for(op))
-    assert answer.http_status == min(op.statuses)
+    assert answer.http_status in [status for status in op.statuses if status < 300]
     assert answer.correlation_id
 
 

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from llama_orch.api.documents import document_bytes
 from llama_orch.contract.models import (
+    Artifact,
     DrainRequest,
     OpenAiChatRequest,
     OpenAiCompletionRequest,
@@ -151,8 +152,10 @@ COMPLETION = {
     "stream_options": None,
 }
 EMBEDDING = {"model": "default", "input": ["a", "b"], "encoding_format": "base64", "dimensions": 8, "user": None}
+ARTIFACT = {"kind": "plan", "content": {"a": [1]}, "tags": ["t"], "parent": "x", "metadata": {"m": None}}
 BODIES = [
     Body(TaskRequest, TASK, ("model_ref",), examples=1000),
+    Body(Artifact, ARTIFACT, ("kind", "content"), examples=500),
     Body(DrainRequest, {"deadline_ms": 30000}, ("deadline_ms",), examples=200),
     Body(ReloadRequest, {"new_model_ref": "builtin:tiny"}, ("new_model_ref",), examples=200),
     Body(OpenAiChatRequest, CHAT, ("model", "messages"), examples=600),
@@ -160,6 +163,7 @@ BODIES = [
     Body(OpenAiEmbeddingRequest, EMBEDDING, ("model", "input"), examples=200),
 ]
 WRONG = {
+    Artifact: [{"kind": "x"}, {"content": []}, {"tags": None}, {"tags": [""]}, {"tags": ["t"] * 65}, {"metadata": 1}],
     TaskRequest: [{"seed": 2**63}, {"task_id": "x"}, {"x": 1}, {"sampling": None}, {"kv_hint": "x"}],
     DrainRequest: [{"deadline_ms": -1}, {"deadline_ms": 604800001}, {"deadline_ms": None}, {"deadline": 1}],
     OpenAiChatRequest: [{"messages": []}, {"seed": -1}, {"stop": [""]}, {"stream": 1}, {"x": 1}, {"user": 1}],

@@ -211,8 +211,8 @@ def last_frame(client: httpx.Client, task_id: str) -> str:
 
 
 def run_one_of_each(client: httpx.Client, service: LiveService) -> None:
-    """Every form of prompt, both priorities, a refusal, a wait, a cancel, a wait that was predicted, a reload, and the
-    loss of a worker."""
+    """Every form of prompt, both priorities, a refusal, a wait, a cancel, a wait that was predicted, a reload, a
+    decision about a request to elsewhere, and the loss of a worker."""
     until(lambda: all(pool["ready"] for pool in client.get("/v1/pools").json()["items"]))
     full = client.get("/v1/pools/full").json()["model"]
     for body in (
@@ -233,6 +233,7 @@ def run_one_of_each(client: httpx.Client, service: LiveService) -> None:
     assert client.post("/v1/pools/full/reload", json={"new_model_ref": full}).status_code == 202
     until(lambda: client.get("/v1/pools/full/health").json()["last_reload"].startswith("done: "))
     until(lambda: "replica_evictions_total{" in client.get("/metrics").text)
+    assert client.post("/v1/policy/outbound/check", json={"url": "http://127.0.0.1/"}).json()["allowed"] is False
     workers = children(service.pid)
     several = [submit(client, prompt="Once upon a time", max_tokens=2000) for _ in range(6)]  # one of them runs
     for worker in workers:

@@ -212,13 +212,6 @@ def test_an_unknown_sampler_profile_is_refused_with_the_known_ones() -> None:
         admission.check_request(a_task(sampler_profile_version="v9"), a_spec(), PROFILES)
 
 
-def test_a_transcript_that_nobody_keeps_is_refused() -> None:
-    """To take `keep_transcript` and not to keep it would be a lie; false is fine."""
-    admission.check_request(a_task(keep_transcript=False), a_spec(), PROFILES)
-    with pytest.raises(InvalidParams, match="leave `keep_transcript` out"):
-        admission.check_request(a_task(keep_transcript=True), a_spec(), PROFILES)
-
-
 # -- lengths -----------------------------------------------------------------------------------------------------------
 
 

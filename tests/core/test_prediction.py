@@ -43,8 +43,8 @@ def start_in_s(scheduler: Scheduler, task_id: str, now: float) -> float | None:
     return task_start_in_s(scheduler, scheduler.tasks[task_id], now)
 
 
-def chance(scheduler: Scheduler, task: Task, start_in_s: float | None, now: float) -> float | None:
-    return scheduler.predictor.on_time(task.pool, task, start_in_s, now)
+def chance(scheduler: Scheduler, task: Task, now: float) -> float | None:
+    return scheduler.predictor.on_time(task.pool, task, scheduler.tasks, now)
 
 
 def swapping(*, keep_alive_s: float = 900.0) -> Scheduler:
@@ -142,29 +142,61 @@ def test_two_replicas_halve_the_wait() -> None:
 
 @pytest.mark.spec("HP-STR-3")
 def test_the_chance_of_a_deadline_falls_as_time_runs_out() -> None:
-    """None without a deadline or without samples; else from 1 towards 0 while the queue does not move."""
+    """None without a deadline or without samples; else towards 0 while the queue does not move, and with more time
+    towards 1."""
     scheduler = a_scheduler()
     early = submit(scheduler, "early", deadline_ms=60_000).task
-    assert chance(scheduler, early, None, 0.0) is None
+    assert chance(scheduler, early, 0.0) is None
     scheduler.cancel("early", 0.0)
     scheduler.released("early", 0.0)
     measured(scheduler)
     free = submit(scheduler, "free", now=3.0).task
-    assert chance(scheduler, free, None, 3.0) is None
-    tight = submit(scheduler, "tight", now=3.0, deadline_ms=4000).task
-    assert chance(scheduler, tight, None, 3.0) is None  # its start is not known
-    assert chance(scheduler, tight, 1.5, 3.0) == 1.0
-    assert chance(scheduler, tight, 3.0, 3.0) == 0.0
+    assert chance(scheduler, free, 3.0) is None
+    told = {"deadline_ms": 3500, "expected_tokens": 20}
+    tight = submit(scheduler, "tight", now=3.0, **told).task
+    ample = submit(scheduler, "ample", now=3.0, deadline_ms=60_000).task
+    assert chance(scheduler, ample, 3.0) == 1.0
+    seen = [chance(scheduler, tight, now) or 0.0 for now in (3.0, 4.0, 5.0, 5.5, 6.0)]
+    assert seen[0] > 0.5
+    assert seen[-1] == 0.0
+    assert seen == sorted(seen, reverse=True)
+    scheduler.cancel("tight", 6.0)
+    assert chance(scheduler, tight, 6.0) is None
+
+
+@pytest.mark.spec("HP-STR-3")
+def test_all_who_wait_have_their_chances_in_one_pass() -> None:
+    """The same as each of them alone, and of those only who have a deadline."""
+    scheduler = measured(a_scheduler(a_host("3090+3060")))
+    tasks = [submit(scheduler, f"t{n}", now=3.0, deadline_ms=[None, 8000, 20_000][n % 3]).task for n in range(9)]
+    found = scheduler.predictor.chances(tasks[0].pool, scheduler.tasks, 3.0)
+    waiting = [task for task in tasks if task.task_id in task.pool.queue and task.deadline_s is not None]
+    assert list(found) == [task.task_id for task in waiting]
+    assert [chance(scheduler, task, 3.0) for task in waiting] == list(found.values())
 
 
 @pytest.mark.spec("HP-STR-3")
 def test_a_running_task_needs_only_the_rest_of_its_time() -> None:
     """What it has decoded already is not counted again."""
     scheduler = measured(a_scheduler())
-    task = submit(scheduler, "a", now=3.0, deadline_ms=1600).task
-    assert chance(scheduler, task, None, 3.0) == 1.0
-    assert chance(scheduler, task, None, 4.0) == 1.0
-    assert chance(scheduler, task, None, 4.7) == 0.0  # the deadline has passed
+    task = submit(scheduler, "a", now=3.0, deadline_ms=1600, expected_tokens=20).task
+    assert chance(scheduler, task, 3.0) == 1.0
+    scheduler.progressed("a", 10)
+    assert chance(scheduler, task, 4.0) == 1.0
+    assert chance(scheduler, task, 4.3) == 0.0  # ten tokens are to come, and there is time for six
+    scheduler.progressed("a", 6)
+    assert chance(scheduler, task, 4.3) == 1.0
+
+
+@pytest.mark.spec("HP-STR-3")
+def test_a_clients_word_is_taken_for_as_good_as_it_proved() -> None:
+    """Who says 20 tokens and gets 40 each time is counted with 40."""
+    scheduler = measured(a_scheduler(), tokens=40)
+    for n in range(4):
+        submit(scheduler, f"word-{n}", now=4.0 + 2.0 * n, expected_tokens=20)
+        scheduler.finished(f"word-{n}", an_outcome(tokens_out=40), 5.5 + 2.0 * n)
+    task = submit(scheduler, "a", now=20.0, deadline_ms=1200, expected_tokens=20).task
+    assert chance(scheduler, task, 20.0) == 0.0
 
 
 def test_decoding_speed_is_published_once_measured() -> None:

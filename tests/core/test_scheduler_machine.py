@@ -974,15 +974,15 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert not known or pool.is_coming
             advice = self.scheduler.predictor.advice_ms(pool, self.scheduler.tasks, self.now)
             assert ADVICE_MIN_MS <= advice <= ADVICE_MAX_MS
-            for task_id, outlook in outlooks.items():
-                self.check_chance(self.scheduler.tasks[task_id], outlook.start_in_s)
+            for task_id in outlooks:
+                self.check_chance(self.scheduler.tasks[task_id])
 
         self.check_pools(check)
         for task_id in self.running:
-            self.check_chance(self.scheduler.tasks[task_id], None)
+            self.check_chance(self.scheduler.tasks[task_id])
 
-    def check_chance(self, task: Task, start_in_s: float | None) -> None:
-        chance = self.scheduler.predictor.on_time(task.pool, task, start_in_s, self.now)
+    def check_chance(self, task: Task) -> None:
+        chance = self.scheduler.predictor.on_time(task.pool, task, self.scheduler.tasks, self.now)
         assert chance is None or (task.deadline_s is not None and 0.0 <= chance <= 1.0)
 
     @invariant()

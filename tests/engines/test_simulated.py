@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -87,6 +88,19 @@ def test_answers_may_end_by_themselves() -> None:
         async with a_worker(engine, a_spec(_NO_FILE)) as worker:
             reasons = [(await collect(worker, a_job(seed=seed, max_tokens=60)))[1].finish_reason for seed in range(20)]
             assert reasons.count("stop") > 10
+
+    run(main())
+
+
+def test_answers_may_be_of_any_length_in_a_range() -> None:
+    """Each seed has its own, the token that ends the text included; all are met, and none outside of the range."""
+
+    async def main() -> None:
+        engine = SimulatedEngine(replace(_FAST, uniform_tokens=(3, 6)))
+        async with a_worker(engine, a_spec(_NO_FILE)) as worker:
+            found = [(await collect(worker, a_job(seed=seed, max_tokens=60)))[1] for seed in range(60)]
+            assert {done.tokens_out for done in found} == {3, 4, 5, 6}
+            assert {done.finish_reason for done in found} == {"stop"}
 
     run(main())
 

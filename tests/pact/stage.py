@@ -26,11 +26,15 @@ from llama_orch.devices.inventory import discover
 from llama_orch.engines.llamacpp import LlamaCppEngine
 from llama_orch.engines.simulated import ServiceModel, SimulatedEngine, SimulatedWorker
 from llama_orch.models.digest import Digests
+from llama_orch.outbound.plugins import OutboundRequest, Plugins, Rewrite, hookimpl
 from llama_orch.runtime.orchestrator import Orchestrator
 from llama_orch.runtime.plan import make_plan
 from llama_orch.runtime.wiring import wire
+from llama_orch.stores.artifacts import ArtifactStore
+from llama_orch.stores.database import Database
 from tests.api.harness import serving_app
 from tests.live.client import until
+from tests.live.elsewhere import elsewhere
 from tests.pact.exchange import TOKEN
 
 T = TypeVar("T")
@@ -52,6 +56,7 @@ class Installation:
     load_error: str | None = None
     budget_tokens: int | None = None  # of a session
     max_turns: int = 8
+    reaches: str | None = None  # the URL of a machine that it may call, and calls for any URL of files.example
 
     @property
     def settings(self) -> Settings:
@@ -62,13 +67,34 @@ class Installation:
         device = simulated if self.engine == "simulated" else {"id": "cpu", "backend": "cpu"}
         budgets = {"mode": "off" if self.budget_tokens is None else "enforce", "tokens": self.budget_tokens}
         sessions = {"max_turns": self.max_turns, "budgets": budgets}
-        return msgspec.convert({"devices": [device], "pools": [pool], "sessions": sessions}, Settings)
+        policy = {"outbound": {"allow": [] if self.reaches is None else [self.reaches.removeprefix("http://")]}}
+        parts = {"devices": [device], "pools": [pool], "sessions": sessions, "policy": policy}
+        return msgspec.convert(parts, Settings)
+
+    @property
+    def plugins(self) -> Plugins:
+        plugins = Plugins()
+        if self.reaches is not None:
+            plugins.register(_Mirror(self.reaches), "mirror")
+        return plugins
 
     def build_engine(self) -> SimulatedEngine | LlamaCppEngine:
         if self.engine == "llamacpp":
             return LlamaCppEngine()
         model = ServiceModel(load_s=self.load_s, prefill_s_per_token=0.0, decode_s_per_token=0.002)
         return SimulatedEngine(model, self.load_error)
+
+
+class _Mirror:
+    """A plugin: so a pact can name a URL though nobody knows the port beforehand."""
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+
+    @hookimpl
+    def llama_orch_outbound(self, request: OutboundRequest) -> Rewrite | None:
+        there = request.url.replace("http://files.example", self._url, 1)
+        return Rewrite(there, "the mirror") if request.host == "files.example" else None
 
 
 @dataclass
@@ -78,6 +104,7 @@ class _Service:
     installation: Installation
     engine: SimulatedEngine | LlamaCppEngine
     orchestrator: Orchestrator
+    artifacts: ArtifactStore
     app: Any
     running: asyncio.Task[None]
 
@@ -86,7 +113,9 @@ class Stage:
     """What provider states act on. Its methods are called from the verifier's threads; the services live in the
     server's."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, there: str) -> None:
+        self._folder = folder
+        self.there = there  # another machine
         self._digests = Digests(folder / "digests.json")
         self._is_up = Event()
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -166,10 +195,14 @@ class Stage:
         settings, engine = installation.settings, installation.build_engine()
         engines, sources = {installation.engine: engine}, discover(settings.devices, lambda uuids: False)
         plan = make_plan(settings, engines, sources)
-        orchestrator, service = wire(settings, engines, plan, self._digest, SystemClock())
+        clock, home = SystemClock(), Path(tempfile.mkdtemp(dir=self._folder))
+        artifacts = ArtifactStore(Database(home / "state.sqlite3"), home / "artifacts", clock.wall)
+        orchestrator, service = wire(
+            settings, engines, plan, self._digest, clock, artifacts=artifacts, plugins=installation.plugins
+        )
         app = build_app(service, token=TOKEN, settings=settings)
         running = asyncio.create_task(orchestrator.run())
-        self._service = _Service(installation, engine, orchestrator, app, running)
+        self._service = _Service(installation, engine, orchestrator, artifacts, app, running)
 
     async def _digest(self, path: Path) -> str:
         return await asyncio.to_thread(self._digests.of, path)
@@ -179,6 +212,7 @@ class Stage:
         if service is not None:
             service.running.cancel()
             await asyncio.wait((service.running,))
+            service.artifacts.database.close()
 
     async def _act(self, act: Callable[[SimulatedWorker], None]) -> None:
         engine = self._at_work().engine
@@ -211,8 +245,8 @@ class Stage:
 @contextmanager
 def a_stage() -> Iterator[Stage]:
     """The socket, with nothing behind it yet; `http.base_url` of the stage is its address."""
-    with tempfile.TemporaryDirectory(prefix="llorch-pact-") as folder:
-        stage = Stage(Path(folder))
+    with tempfile.TemporaryDirectory(prefix="llorch-pact-") as folder, elsewhere() as (there, _):
+        stage = Stage(Path(folder), there)
         with serving_app(stage) as port, stage.http:
             stage.wait_until_up(port)
             yield stage

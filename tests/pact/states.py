@@ -175,6 +175,20 @@ def a_task_was_dropped_from_a_full_queue(stage: Stage, **task: Any) -> None:
     stage.wait_for_the_end(task_id)
 
 
+@state
+def an_artifact_is_stored(stage: Stage, **artifact: Any) -> None:
+    """The artifact is there, with these fields."""
+    an_idle_pool(stage)
+    stage.post("/v1/artifacts", artifact)
+
+
+@state
+def another_machine(stage: Stage) -> None:
+    """It answers for `http://files.example`: `/text` with a text, `/short` with less than it says, else with a
+    picture."""
+    stage.raise_service(Installation(reaches=stage.there))
+
+
 def _replica_states(stage: Stage) -> list[str]:
     return [replica["state"] for replica in stage.read("/v1/pools/default/health")["replicas"]]
 
@@ -200,7 +214,7 @@ def described() -> Iterator[Described]:
     """The states as the documentation shows them."""
     for name, handler in HANDLERS.items():
         parameters = [
-            f"`{one.name}`" if one.kind is not inspect.Parameter.VAR_KEYWORD else "fields of the task"
+            f"`{one.name}`" if one.kind is not inspect.Parameter.VAR_KEYWORD else f"fields of the {one.name}"
             for one in list(inspect.signature(handler).parameters.values())[1:]
         ]
         yield Described(name, ", ".join(parameters), " ".join((handler.__doc__ or "").split()))

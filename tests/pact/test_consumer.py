@@ -5,19 +5,25 @@ A test's name is its interaction's description. tests/pact/states.py holds what 
 
 from __future__ import annotations
 
+import hashlib
+
 import msgspec
 import pytest
 from msgspec import UNSET
 
 from llama_orch.client import ApiError, Client, Frame
 from llama_orch.contract.models import (
+    Artifact,
+    ArtifactKind,
     Determinism,
     DrainRequest,
     EndFrame,
     Error,
     ErrorCode,
+    FetchRequest,
     FinishReason,
     MetricsFrame,
+    OutboundCheck,
     Priority,
     ReloadRequest,
     Sampling,
@@ -45,6 +51,7 @@ from tests.pact.exchange import (
     sse,
     stream_of,
     timestamp,
+    uuid_text,
 )
 
 pytestmark = pytest.mark.spec("HP-ALN-2")
@@ -905,6 +912,60 @@ def test_a_model_that_is_not_there_is_not_loaded(exchange: Exchange) -> None:
         client.reload_pool("default", "builtin:none")
 
 
+DECISION = {"rule": "address", "reason": match.str("Why."), "audit_id": uuid_text}
+LOOPBACK = "http://127.0.0.1:9/"
+PUBLIC = "https://8.8.8.8/"
+
+
+def test_the_outbound_policy_is_asked_about_a_private_address(exchange: Exchange) -> None:
+    """200 with a denial and the rule."""
+    exchange.given("an idle pool")
+    exchange.asks("POST", "/v1/policy/outbound/check", body=OutboundCheck(url=LOOPBACK))
+    exchange.gets(200, {**DECISION, "allowed": False, "url": LOOPBACK, "addresses": ["127.0.0.1"]})
+    with exchange.client() as client:
+        decision = client.check_outbound(LOOPBACK)
+    assert (decision.allowed, decision.rule) == (False, "address")
+
+
+def test_the_outbound_policy_is_asked_about_a_public_address(exchange: Exchange) -> None:
+    """200 with what allows it."""
+    exchange.given("an idle pool")
+    exchange.asks("POST", "/v1/policy/outbound/check", body=OutboundCheck(url=PUBLIC))
+    exchange.gets(200, {**DECISION, "allowed": True, "rule": "default", "url": PUBLIC, "addresses": ["8.8.8.8"]})
+    with exchange.client() as client:
+        assert client.check_outbound(PUBLIC).allowed
+
+
+def test_a_text_is_fetched(exchange: Exchange) -> None:
+    """200 with the other side's status, headers and text, and where to find it in the log."""
+    asked = FetchRequest(url="http://files.example/text", timeout_ms=5000)
+    exchange.given("another machine")
+    exchange.asks("POST", "/v1/tools/fetch", body=msgspec.to_builtins(asked))
+    said = {"status": 200, "headers": {"content-type": "text/plain; charset=utf-8"}, "text": "n\u00e4h"}
+    exchange.gets(200, {**said, "url": match.str(asked.url), "audit_id": uuid_text})
+    with exchange.client() as client:
+        assert client.fetch_url(asked).text == "n\u00e4h"
+
+
+def test_a_fetch_is_denied(exchange: Exchange) -> None:
+    """403 with the rule as the policy's label."""
+    exchange.given("an idle pool")
+    exchange.asks("POST", "/v1/tools/fetch", body=FetchRequest(url=LOOPBACK))
+    exchange.gets(403, error("POLICY_DENIED", policy_label="address", details={"audit_id": uuid_text}))
+    with exchange.client() as client, pytest.raises(ApiError, match="What happened"):
+        client.fetch_url(FetchRequest(url=LOOPBACK))
+
+
+def test_a_fetch_fails_elsewhere(exchange: Exchange) -> None:
+    """502 when the other side breaks off; the client does not try again."""
+    asked = FetchRequest(url="http://files.example/short")
+    exchange.given("another machine")
+    exchange.asks("POST", "/v1/tools/fetch", body=asked)
+    exchange.gets(502, error("UPSTREAM_FAILED", retriable=True))
+    with exchange.client() as client, pytest.raises(ApiError, match="What happened"):
+        client.fetch_url(asked)
+
+
 def test_the_service_says_that_it_is_there(exchange: Exchange) -> None:
     """Without a token."""
     exchange.given("an idle pool")
@@ -946,3 +1007,108 @@ def test_metrics_need_the_token(exchange: Exchange) -> None:
     exchange.gets(401, error("UNAUTHORIZED"), headers={"WWW-Authenticate": "Bearer"})
     with exchange.plain_client() as client:
         assert client.get("/metrics", headers={"Authorization": "Bearer wrong"}).status_code == 401
+
+
+# -- artifacts -------------------------------------------------------------------------------------------------------
+
+ROOT = Artifact(kind=ArtifactKind.PLAN, content={"steps": ["read", "write"]}, tags=["draft"])
+ROOT_ID = hashlib.sha256(b'{"steps":["read","write"]}').hexdigest()  # canonical JSON: any client can know it before
+CHILD = Artifact(kind=ArtifactKind.DIFF, content={"b": 1, "a": 2.5}, parent=ROOT_ID, metadata={"by": "me"})
+CHILD_ID = hashlib.sha256(b'{"a":2.5,"b":1}').hexdigest()
+ARTIFACT_PATH = f"/v1/artifacts/{ROOT_ID}"
+
+
+def reference(artifact: Artifact, artifact_id: str, size_bytes: int) -> dict[str, object]:
+    return {
+        "id": artifact_id,
+        "kind": artifact.kind.value,
+        "digest": f"sha256:{artifact_id}",
+        "created_ms": match.int(1767268800000),
+        "tags": artifact.tags or [],
+        "parent": artifact.parent,
+        "size_bytes": size_bytes,
+    }
+
+
+ROOT_REF = reference(ROOT, ROOT_ID, 26)
+
+
+def as_state(artifact: Artifact) -> dict[str, object]:
+    return dict(msgspec.to_builtins(artifact))
+
+
+def test_an_artifact_is_stored(exchange: Exchange) -> None:
+    """201, and its id is the digest of its content as canonical JSON."""
+    exchange.given("an idle pool")
+    exchange.asks("POST", "/v1/artifacts", body=ROOT)
+    exchange.gets(201, ROOT_REF)
+    with exchange.client() as client:
+        assert client.put_artifact(ROOT).id == ROOT_ID
+
+
+def test_an_artifact_that_is_there_is_answered_with_200(exchange: Exchange) -> None:
+    """The reference is the first one's, tags and all."""
+    again = msgspec.structs.replace(ROOT, kind=ArtifactKind.OTHER, tags=["other"])
+    exchange.given("an artifact is stored", **as_state(ROOT))
+    exchange.asks("POST", "/v1/artifacts", body=again)
+    exchange.gets(200, ROOT_REF)
+    with exchange.client() as client:
+        assert client.put_artifact(again).tags == ["draft"]
+
+
+def test_an_artifact_has_a_parent(exchange: Exchange) -> None:
+    """The lineage is on the reference."""
+    exchange.given("an artifact is stored", **as_state(ROOT))
+    exchange.asks("POST", "/v1/artifacts", body=CHILD)
+    exchange.gets(201, reference(msgspec.structs.replace(CHILD, tags=[]), CHILD_ID, 15))
+    with exchange.client() as client:
+        assert client.put_artifact(CHILD).parent == ROOT_ID
+
+
+def test_an_unknown_parent_is_not_found(exchange: Exchange) -> None:
+    """404, and nothing is stored."""
+    exchange.given("an idle pool")
+    exchange.asks("POST", "/v1/artifacts", body=CHILD)
+    exchange.gets(404, error("NOT_FOUND"))
+    with exchange.client() as client, pytest.raises(ApiError) as caught:
+        client.put_artifact(CHILD)
+    assert caught.value.code is ErrorCode.NOT_FOUND
+
+
+def test_an_artifact_is_read(exchange: Exchange) -> None:
+    """With its content and what was said about it."""
+    exchange.given("an artifact is stored", **as_state(ROOT))
+    exchange.asks("GET", ARTIFACT_PATH)
+    exchange.gets(200, {**ROOT_REF, "content": ROOT.content, "metadata": {}})
+    with exchange.client() as client:
+        assert client.get_artifact(ROOT_ID).content == ROOT.content
+
+
+def test_artifacts_are_listed_by_kind_and_tag(exchange: Exchange) -> None:
+    """References, newest first."""
+    exchange.given("an artifact is stored", **as_state(ROOT))
+    exchange.asks("GET", "/v1/artifacts", query={"kind": "plan", "tag": "draft", "limit": "2"})
+    exchange.gets(200, {"items": [ROOT_REF], "next_cursor": None})
+    with exchange.client() as client:
+        assert [ref.id for ref in client.list_artifacts(kind=ArtifactKind.PLAN, tag="draft", limit=2).items] == [
+            ROOT_ID
+        ]
+
+
+def test_an_artifact_is_deleted(exchange: Exchange) -> None:
+    """204."""
+    exchange.given("an artifact is stored", **as_state(ROOT))
+    exchange.asks("DELETE", ARTIFACT_PATH)
+    exchange.gets(204)
+    with exchange.client() as client:
+        client.delete_artifact(ROOT_ID)
+
+
+def test_an_unknown_artifact_is_not_found(exchange: Exchange) -> None:
+    """404."""
+    exchange.given("an idle pool")
+    exchange.asks("GET", ARTIFACT_PATH)
+    exchange.gets(404, error("NOT_FOUND"))
+    with exchange.client() as client, pytest.raises(ApiError) as caught:
+        client.get_artifact(ROOT_ID)
+    assert caught.value.code is ErrorCode.NOT_FOUND

@@ -149,6 +149,15 @@ def test_a_task_that_overtakes_is_seen() -> None:
     assert "not first in, first out" in found
 
 
+def test_a_head_that_waits_for_nothing_is_seen() -> None:
+    """A dispatcher that starts nobody once a task has ended."""
+
+    def prepare(stage: Stage) -> None:
+        stage.scheduler._dispatcher.dispatch = lambda pool, now: None  # type: ignore[method-assign]
+
+    assert "task 3 waits, though p-0 is free" in violations(prepare)
+
+
 def test_a_queue_over_its_limit_is_seen() -> None:
     """A queue that takes more than it says."""
 

@@ -1,4 +1,4 @@
-"""A handler's answer with headers of its own."""
+"""A handler's answer with headers or a status of its own."""
 
 from __future__ import annotations
 
@@ -11,3 +11,4 @@ class Answer(NamedTuple):
 
     body: Any
     headers: Mapping[str, str]
+    http_status: int | None = None  # None: the operation's only success

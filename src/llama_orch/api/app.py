@@ -10,11 +10,13 @@ from connexion.middleware.security import SecurityMiddleware
 from connexion.resolver import Resolver
 from starlette.types import ASGIApp
 
+from llama_orch.api.artifacts import Artifacts
 from llama_orch.api.auth import security_map
 from llama_orch.api.documents import Documents, merged_document
 from llama_orch.api.edge import Edge
 from llama_orch.api.openai import OpenAi
 from llama_orch.api.openai_run import Waiters
+from llama_orch.api.outbound import Outbound
 from llama_orch.api.pools import Pools
 from llama_orch.api.service import Service
 from llama_orch.api.sessions import Sessions
@@ -26,7 +28,7 @@ from llama_orch.contract.config import Settings
 from llama_orch.contract.operations import Handlers
 
 
-class Api(Tasks, Sessions, Pools, System, OpenAi):
+class Api(Tasks, Sessions, Pools, Artifacts, Outbound, System, OpenAi):
     """One method per operation of the contract."""
 
     def __init__(self, service: Service, max_streams: int) -> None:

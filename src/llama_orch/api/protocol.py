@@ -25,6 +25,7 @@ class HttpProtocol(HttpToolsProtocol):
     _is_in_head = True
     _head_bytes = 0
     _body_bytes = 0
+    _body_bytes_now = 0  # of the data in hand, which may also have the end of a body before
     _framing_bytes = 0
     _timer: asyncio.TimerHandle | None = None
 
@@ -41,13 +42,13 @@ class HttpProtocol(HttpToolsProtocol):
             self._head_bytes += len(data)
             if self._timer is None:
                 self._close_in(HEAD_LIMIT_S)
-        body_before = self._body_bytes
+        self._body_bytes_now = 0
         super().data_received(data)
         if self._is_in_head:
             if self._head_bytes > HEAD_MAX_BYTES:
                 self._refuse(HeadersTooLarge(f"the request's head exceeds {HEAD_MAX_BYTES} bytes"))
             return
-        self._framing_bytes += len(data) - (self._body_bytes - body_before)
+        self._framing_bytes += len(data) - self._body_bytes_now
         if self._framing_bytes > 2 * HEAD_MAX_BYTES + FRAMING_PER_BODY_BYTE * self._body_bytes:
             self.transport.close()
 
@@ -62,6 +63,7 @@ class HttpProtocol(HttpToolsProtocol):
 
     def on_body(self, body: bytes) -> None:
         self._body_bytes += len(body)
+        self._body_bytes_now += len(body)
         super().on_body(body)
 
     def on_message_complete(self) -> None:

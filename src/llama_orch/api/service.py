@@ -7,11 +7,19 @@ from typing import Protocol
 from llama_orch.budgets import BudgetsLeft
 from llama_orch.contract.models import (
     AdmissionResponse,
+    Artifact,
+    ArtifactKind,
+    ArtifactList,
+    ArtifactRef,
     Capabilities,
+    FetchRequest,
+    FetchResult,
+    PolicyDecision,
     Pool,
     PoolHealth,
     PoolList,
     SessionInfo,
+    StoredArtifact,
     TaskList,
     TaskRequest,
     TaskState,
@@ -67,6 +75,22 @@ class Service(Protocol):
 
     async def reload_pool(self, pool_id: str, new_model_ref: str) -> PoolHealth:
         """Begin a reload; the health as it is then. Conflict while another one runs."""
+
+    async def put_artifact(self, artifact: Artifact) -> tuple[ArtifactRef, bool]:
+        """Store it. Whether it is new; else the reference is that of the first one with this content."""
+
+    async def list_artifacts(
+        self, *, kind: ArtifactKind | None, tag: str | None, parent: str | None, limit: int, cursor: str | None
+    ) -> ArtifactList: ...
+
+    async def get_artifact(self, artifact_id: str) -> StoredArtifact: ...
+
+    async def delete_artifact(self, artifact_id: str) -> None: ...
+
+    async def check_outbound(self, url: str) -> PolicyDecision:
+        """What the outbound policy says about a request, which is not made."""
+
+    async def fetch_url(self, request: FetchRequest) -> FetchResult: ...
 
     def capabilities(self) -> Capabilities: ...
 

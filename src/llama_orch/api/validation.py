@@ -160,7 +160,7 @@ class DirectCall:
 
     def __init__(self, handler: Callable[..., Awaitable[Any]], operation: Operation) -> None:
         self._handler = handler
-        self._http_status = min(operation.statuses)  # each operation has one for success
+        self._http_status = min(operation.statuses)  # the only success, or the handler says which
         self._has_body = self._http_status != HTTPStatus.NO_CONTENT
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -168,14 +168,15 @@ class DirectCall:
         if callable(result):
             await result(scope, receive, send)
             return
-        body, headers = b"", []
+        body, headers, http_status = b"", [], self._http_status
         if isinstance(result, Answer):
+            http_status = result.http_status or http_status
             headers += [(name.lower().encode(), value.encode()) for name, value in result.headers.items()]
             result = result.body
         if self._has_body:
             body = msgspec.json.encode(result)
             headers += [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-        await send({"type": "http.response.start", "status": self._http_status, "headers": headers})
+        await send({"type": "http.response.start", "status": http_status, "headers": headers})
         await send({"type": "http.response.body", "body": body})
 
 

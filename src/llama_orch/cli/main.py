@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from llama_orch import __version__
-from llama_orch.cli import capabilities, config, pools, run, serve, sessions, simulate, tasks, token
+from llama_orch.cli import artifacts, backup, capabilities, config, pools, run, serve, sessions, simulate, tasks, token
 
 # Plain help: typer's decorated one loads rich first, and its decorated tracebacks show local values, so also tokens.
 app = typer.Typer(
@@ -47,6 +47,9 @@ app.command()(run.run)
 app.add_typer(tasks.app, name="tasks")
 app.add_typer(sessions.app, name="sessions")
 app.add_typer(pools.app, name="pools")
+app.add_typer(artifacts.app, name="artifacts")
+app.command()(backup.backup)
+app.command()(backup.restore)
 app.command()(capabilities.capabilities)
 app.command()(token.token)
 app.command()(simulate.simulate)

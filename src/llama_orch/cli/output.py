@@ -98,7 +98,7 @@ def print_error(error: Error) -> None:
     note(f"code {error.code}{engine}, correlation id {error.correlation_id}")
     if error.code == "UNAUTHORIZED":
         note("set LLORCH_API_TOKEN to the server's token, or LLORCH_HOME to its home folder")
-    if error.retry_after_ms is not UNSET:
+    if error.retry_after_ms is not UNSET and error.retriable is True:
         note(f"try again in {error.retry_after_ms / 1000:g} s")
 
 

@@ -1,4 +1,4 @@
-"""`llama-orch run`: one task, its tokens on stdout as they come and everything else on stderr.
+"""`llama-orch run`: one task, its tokens on stdout as they come and everything else on stderr. `--repeat` asks again.
 
 Invariant: the task does not outlive the command. Ctrl-C (at any moment), SIGTERM, a closed terminal and a closed stdout
 cancel it; a server that was started for it ends with it.
@@ -22,6 +22,8 @@ from llama_orch.cli.output import DONE, FAILED, INTERRUPTED, UsageError, command
 from llama_orch.contract.models import Determinism, Priority
 
 if TYPE_CHECKING:
+    from llama_orch.cli.run_output import Answer
+    from llama_orch.cli.run_records import Record
     from llama_orch.client import Client
     from llama_orch.contract.models import TaskRequest
 
@@ -34,7 +36,10 @@ _CANCEL_ATTEMPTS, _CANCEL_WAIT_S = 5, 0.2
 
 @command
 def run(
-    prompt: Annotated[str, typer.Argument(help="The prompt; - reads it from stdin, less one newline at its end.")],
+    context: typer.Context,
+    prompt: Annotated[
+        str | None, typer.Argument(help="The prompt; - reads it from stdin, less one newline at its end.")
+    ] = None,
     model: Annotated[
         str | None, typer.Option(metavar="REF", help="Model reference; default: the first pool's model.")
     ] = None,
@@ -48,8 +53,18 @@ def run(
     chat: Annotated[bool, typer.Option("--chat", help="Send the prompt as a chat message.")] = False,
     session: Annotated[str | None, typer.Option(metavar="UUID", help="Session of the task.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the frames as lines of JSON.")] = False,
+    repeat: Annotated[
+        str | None, typer.Option(metavar="TASK_ID", help="Run an earlier task again; exit code 1 if the bytes differ.")
+    ] = None,
+    record: Annotated[
+        bool, typer.Option(envvar="LLORCH_RECORD", help="Keep the run in LLORCH_HOME/runs for --repeat.")
+    ] = True,
 ) -> int:
     """Run a prompt. Without a server at hand, one runs for the length of the command."""
+    if repeat is not None:
+        return _repeat(context, repeat, as_json, record)
+    if prompt is None:
+        raise UsageError("give a prompt, or --repeat and the id of an earlier task")
     text = _prompt(prompt)
     fields: dict[str, Any] = {
         "task_id": str(uuid.uuid4()),
@@ -63,7 +78,55 @@ def run(
     fields |= {"messages": [{"role": "user", "content": text}]} if chat else {"prompt": text}
     _request(fields, model or _BUILTIN_MODEL)  # a usage error is one before a server is started
     with _signals_interrupt(), _service(os.environ) as client:
-        return _run_task(client, _request(fields, model or _default_model(client, engine)), as_json)
+        request = _request(fields, model or _default_model(client, engine))
+        code, answer = _run_task(client, request, as_json)
+        if record:
+            _keep(client, request, answer)
+        return code
+
+
+def _repeat(context: typer.Context, task_id: str, as_json: bool, record: bool) -> int:
+    """Ask what an earlier run asked, and say whether the same came of it."""
+    from llama_orch.cli.run_records import Records, compare
+    from llama_orch.settings import Home
+
+    for name in context.params:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE" and name not in ("repeat", "as_json", "record"):
+            raise UsageError(f"--repeat takes the request from its record; leave {name.replace('_', '-')} out")
+    then = Records(Home.of(os.environ)).get(task_id)
+    request = then.again(str(uuid.uuid4()))
+    with _signals_interrupt(), _service(os.environ) as client:
+        code, answer = _run_task(client, request, as_json)
+        now = _record(client, request, answer)
+        if record:
+            _keep(client, request, answer, now)
+    if code != DONE or now is None:
+        return code
+    return DONE if compare(then, now) else FAILED
+
+
+def _record(client: Client, request: TaskRequest, answer: Answer) -> Record | None:
+    """What is worth keeping of the run; None when it did not come to its end."""
+    from llama_orch.cli.run_records import Record, figures_of
+    from llama_orch.client import ApiError, UnreachableError
+
+    if answer.end is None:
+        return None
+    profile = None
+    with suppress(ApiError, UnreachableError):  # the answer is there, whatever becomes of the server
+        profile = figures_of(client.capabilities().sampler_profiles, answer.end.sampler_profile_version)
+    return Record(request=request, text="".join(answer.parts), end=answer.end, profile=profile)
+
+
+def _keep(client: Client, request: TaskRequest, answer: Answer, record: Record | None = None) -> None:
+    """For --repeat."""
+    from llama_orch.cli.run_records import Records
+    from llama_orch.settings import Home
+
+    record = record or _record(client, request, answer)
+    if record is not None and Records(Home.of(os.environ)).put(record):
+        note(f"to repeat it: llama-orch run --repeat {request.task_id}")
 
 
 def _prompt(argument: str) -> str:
@@ -133,12 +196,12 @@ def _own_service(env: Mapping[str, str]) -> Iterator[Client]:
         raise typer.Exit(FAILED) from error
 
 
-def _run_task(client: Client, request: TaskRequest, as_json: bool) -> int:
-    from llama_orch.cli.run_output import JsonFrames, Text
+def _run_task(client: Client, request: TaskRequest, as_json: bool) -> tuple[int, Answer]:
+    from llama_orch.cli.run_output import Answer, JsonFrames, Text
     from llama_orch.client import ApiError, UnreachableError
 
     assert request.task_id is not None
-    is_admitted = False
+    is_admitted, answer = False, Answer()
     with closing(JsonFrames() if as_json else Text()) as output:
         try:
             admission = client.submit(request)
@@ -146,18 +209,19 @@ def _run_task(client: Client, request: TaskRequest, as_json: bool) -> int:
             output.admitted(admission)
             with closing(client.stream(request.task_id)) as frames:
                 for frame in frames:
+                    answer.hear(frame)
                     output.show(frame)
-            return output.code
+            return output.code, answer
         except KeyboardInterrupt:
             output.close()
             _cancel(client, request.task_id, is_admitted)
             with suppress(OSError):  # the terminal may be gone
                 note("interrupted: the task is canceled")
-            return INTERRUPTED
+            return INTERRUPTED, answer
         except BrokenPipeError:
             silence_stdout()
             _cancel(client, request.task_id, is_admitted)
-            return DONE  # the reader has what it wanted
+            return DONE, Answer()  # the reader has what it wanted
         except OSError:  # a full disk behind stdout, for example
             _cancel(client, request.task_id, is_admitted)
             raise

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import sys
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from llama_orch.cli.output import DONE, FAILED, clean, exit_code, note, print_error, to_json
@@ -24,6 +25,20 @@ if TYPE_CHECKING:
 
 _EVENTS = {type: event for event, type in FRAMES.items()}
 _DIGEST_CHARS = len("sha256:") + 12
+
+
+@dataclass(slots=True)
+class Answer:
+    """What came of the task, whatever is shown of it."""
+
+    parts: list[str] = field(default_factory=list)
+    end: EndFrame | None = None
+
+    def hear(self, frame: Frame) -> None:
+        if isinstance(frame, TokenFrame):
+            self.parts.append(frame.t)
+        elif isinstance(frame, EndFrame):
+            self.end = frame
 
 
 class Text:

@@ -17,11 +17,19 @@ from llama_orch.client.reading import Answer, Frame, Reading, answer_of
 from llama_orch.client.retry import ATTEMPTS_MAX, WAIT_MAX_S, Attempts, Patience
 from llama_orch.contract.models import (
     AdmissionResponse,
+    Artifact,
+    ArtifactKind,
+    ArtifactList,
+    ArtifactRef,
     Capabilities,
+    FetchRequest,
+    FetchResult,
+    PolicyDecision,
     Pool,
     PoolHealth,
     PoolList,
     SessionInfo,
+    StoredArtifact,
     TaskList,
     TaskRequest,
     TaskState,
@@ -124,6 +132,31 @@ class AsyncClient:
         """One page, newest first; `next_cursor` of the answer leads to the next."""
         return await self._call(calls.list_tasks(state, session_id, limit, cursor))
 
+    # -- artifacts ---------------------------------------------------------------------------------------------------
+
+    async def put_artifact(self, artifact: Artifact) -> ArtifactRef:
+        """Store an artifact; equal content is one artifact. Once this returns it is on the service's disk."""
+        return await self._call(calls.put_artifact(artifact))
+
+    async def get_artifact(self, artifact_id: str) -> StoredArtifact:
+        return await self._call(calls.get_artifact(artifact_id))
+
+    async def list_artifacts(
+        self,
+        *,
+        kind: ArtifactKind | None = None,
+        tag: str | None = None,
+        parent: str | None = None,
+        limit: int | None = None,
+        cursor: str | None = None,
+    ) -> ArtifactList:
+        """One page, newest first; `next_cursor` of the answer leads to the next."""
+        return await self._call(calls.list_artifacts(kind, tag, parent, limit, cursor))
+
+    async def delete_artifact(self, artifact_id: str) -> None:
+        """Delete the artifact. Those that come from it stay. Where the connection breaks it may be gone."""
+        await self._call(calls.delete_artifact(artifact_id))
+
     # -- pools and the installation ----------------------------------------------------------------------------------
 
     async def session(self, session_id: str) -> SessionInfo:
@@ -155,6 +188,14 @@ class AsyncClient:
     async def reload_pool(self, pool_id: str, new_model_ref: str) -> PoolHealth:
         """Begin a reload. The pool's health as it is then. Where the connection breaks it may have begun."""
         return await self._call(calls.reload_pool(pool_id, new_model_ref))
+
+    async def check_outbound(self, url: str) -> PolicyDecision:
+        """What the service's outbound policy says about a request that it would make; it makes none."""
+        return await self._call(calls.check_outbound(url))
+
+    async def fetch_url(self, request: FetchRequest) -> FetchResult:
+        """Have the service fetch a text from elsewhere."""
+        return await self._call(calls.fetch_url(request))
 
     async def capabilities(self) -> Capabilities:
         return await self._call(calls.capabilities())

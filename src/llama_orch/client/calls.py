@@ -12,13 +12,22 @@ import msgspec
 
 from llama_orch.contract.models import (
     AdmissionResponse,
+    Artifact,
+    ArtifactKind,
+    ArtifactList,
+    ArtifactRef,
     Capabilities,
     DrainRequest,
+    FetchRequest,
+    FetchResult,
+    OutboundCheck,
+    PolicyDecision,
     Pool,
     PoolHealth,
     PoolList,
     ReloadRequest,
     SessionInfo,
+    StoredArtifact,
     TaskList,
     TaskRequest,
     TaskState,
@@ -88,6 +97,30 @@ def stream(task_id: str, last_event_id: str) -> Call[None]:
     return Call("GET", f"{task_path(task_id)}/stream", None, headers=headers)
 
 
+# -- artifacts -------------------------------------------------------------------------------------------------------
+
+
+def put_artifact(artifact: Artifact) -> Call[ArtifactRef]:
+    """Repeatable: equal content is one artifact."""
+    return Call("POST", "/v1/artifacts", ArtifactRef, artifact)
+
+
+def get_artifact(artifact_id: str) -> Call[StoredArtifact]:
+    return Call("GET", _artifact_path(artifact_id), StoredArtifact)
+
+
+def list_artifacts(
+    kind: ArtifactKind | None, tag: str | None, parent: str | None, limit: int | None, cursor: str | None
+) -> Call[ArtifactList]:
+    query = {"kind": kind, "tag": tag, "parent": parent, "limit": limit, "cursor": cursor}
+    return Call("GET", "/v1/artifacts", ArtifactList, query=query)
+
+
+def delete_artifact(artifact_id: str) -> Call[None]:
+    """Not repeatable: where the connection broke it may be gone, and the repeat would not find it."""
+    return Call("DELETE", _artifact_path(artifact_id), None, is_repeatable=False)
+
+
 # -- sessions --------------------------------------------------------------------------------------------------------
 
 
@@ -125,12 +158,24 @@ def reload_pool(pool_id: str, new_model_ref: str) -> Call[PoolHealth]:
     return Call("POST", f"{_pool_path(pool_id)}/reload", PoolHealth, body, is_repeatable=False)
 
 
+def check_outbound(url: str) -> Call[PolicyDecision]:
+    return Call("POST", "/v1/policy/outbound/check", PolicyDecision, OutboundCheck(url=url))
+
+
+def fetch_url(request: FetchRequest) -> Call[FetchResult]:
+    return Call("POST", "/v1/tools/fetch", FetchResult, request)
+
+
 def capabilities() -> Call[Capabilities]:
     return Call("GET", "/v1/capabilities", Capabilities)
 
 
 def task_path(task_id: str) -> str:
     return f"/v1/tasks/{_quoted(task_id)}"
+
+
+def _artifact_path(artifact_id: str) -> str:
+    return f"/v1/artifacts/{_quoted(artifact_id)}"
 
 
 def _pool_path(pool_id: str) -> str:

@@ -17,11 +17,19 @@ from llama_orch.client.reading import Answer, Frame, Reading, answer_of
 from llama_orch.client.retry import ATTEMPTS_MAX, WAIT_MAX_S, Attempts, Patience
 from llama_orch.contract.models import (
     AdmissionResponse,
+    Artifact,
+    ArtifactKind,
+    ArtifactList,
+    ArtifactRef,
     Capabilities,
+    FetchRequest,
+    FetchResult,
+    PolicyDecision,
     Pool,
     PoolHealth,
     PoolList,
     SessionInfo,
+    StoredArtifact,
     TaskList,
     TaskRequest,
     TaskState,
@@ -123,6 +131,31 @@ class Client:
         """One page, newest first; `next_cursor` of the answer leads to the next."""
         return self._call(calls.list_tasks(state, session_id, limit, cursor))
 
+    # -- artifacts ---------------------------------------------------------------------------------------------------
+
+    def put_artifact(self, artifact: Artifact) -> ArtifactRef:
+        """Store an artifact; equal content is one artifact. Once this returns it is on the service's disk."""
+        return self._call(calls.put_artifact(artifact))
+
+    def get_artifact(self, artifact_id: str) -> StoredArtifact:
+        return self._call(calls.get_artifact(artifact_id))
+
+    def list_artifacts(
+        self,
+        *,
+        kind: ArtifactKind | None = None,
+        tag: str | None = None,
+        parent: str | None = None,
+        limit: int | None = None,
+        cursor: str | None = None,
+    ) -> ArtifactList:
+        """One page, newest first; `next_cursor` of the answer leads to the next."""
+        return self._call(calls.list_artifacts(kind, tag, parent, limit, cursor))
+
+    def delete_artifact(self, artifact_id: str) -> None:
+        """Delete the artifact. Those that come from it stay. Where the connection breaks it may be gone."""
+        self._call(calls.delete_artifact(artifact_id))
+
     # -- pools and the installation ----------------------------------------------------------------------------------
 
     def session(self, session_id: str) -> SessionInfo:
@@ -154,6 +187,14 @@ class Client:
     def reload_pool(self, pool_id: str, new_model_ref: str) -> PoolHealth:
         """Begin a reload. The pool's health as it is then. Where the connection breaks it may have begun."""
         return self._call(calls.reload_pool(pool_id, new_model_ref))
+
+    def check_outbound(self, url: str) -> PolicyDecision:
+        """What the service's outbound policy says about a request that it would make; it makes none."""
+        return self._call(calls.check_outbound(url))
+
+    def fetch_url(self, request: FetchRequest) -> FetchResult:
+        """Have the service fetch a text from elsewhere."""
+        return self._call(calls.fetch_url(request))
 
     def capabilities(self) -> Capabilities:
         return self._call(calls.capabilities())

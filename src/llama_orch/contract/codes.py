@@ -37,6 +37,8 @@ CODES: dict[ErrorCode, CodeFacts] = {
     ErrorCode.MODEL_DEPRECATED: CodeFacts(409, False, 'The model is retired.'),
     ErrorCode.UNTRUSTED_ARTIFACT: CodeFacts(403, False, 'The model does not pass the trust policy.'),
     ErrorCode.POLICY_DENIED: CodeFacts(403, False, 'A policy of the service forbids it.'),
+    ErrorCode.STORAGE_UNAVAILABLE: CodeFacts(507, True, 'The disk is full, read-only or damaged where the service keeps things.'),
+    ErrorCode.UPSTREAM_FAILED: CodeFacts(502, True, 'Another machine, which the service asked, did not answer as it should.'),
     ErrorCode.CANCELED: CodeFacts(409, False, 'The task was canceled.'),
     ErrorCode.INTERNAL: CodeFacts(500, False, 'A defect of the service; the log has the correlation ID.'),
 }

@@ -114,7 +114,7 @@ class TasksSettings(Struct, kw_only=True, frozen=True, forbid_unknown_fields=Tru
     """What is kept of tasks, and for how long."""
 
     retain_ms: Annotated[int, Meta(ge=0, le=9223372036854775807)] = 600000  # Ended tasks and their streams stay readable for this long.
-    keep_transcripts: bool = False
+    keep_transcripts: bool = False  # Keep every finished stream as a `trace` artifact, unless its task says otherwise.
     decode_idle_timeout_ms: Annotated[int, Meta(ge=100, le=9223372036854775807)] = 60000  # A worker that makes no token for this long is replaced.
 
 
@@ -137,10 +137,10 @@ class CatalogSettings(Struct, kw_only=True, frozen=True, forbid_unknown_fields=T
 class OutboundSettings(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
     """Which addresses the service may call."""
 
-    default: Literal['allow', 'deny'] = 'allow'
-    allow: list[str] = field(default_factory=lambda: [])
-    deny: list[str] = field(default_factory=lambda: [])
-    allow_private_addresses: bool = False
+    default: Literal['allow', 'deny'] = 'allow'  # Of public addresses that no entry names.
+    allow: Annotated[list[str], Meta(max_length=1000)] = field(default_factory=lambda: [])  # `[SCHEME://]HOST[:PORT]`; HOST is a name, `*.NAME`, `*`, an address or a network (IPv6 in brackets). An address or network also lifts the ban on private ones.
+    deny: Annotated[list[str], Meta(max_length=1000)] = field(default_factory=lambda: [])  # The same; an entry here decides whatever allow says.
+    allow_private_addresses: bool = False  # Private, loopback, link-local and shared addresses, this machine's own included.
 
 
 class PolicySettings(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):

@@ -37,5 +37,6 @@ METRICS: tuple[Metric, ...] = (
     Metric('prediction_error_ms', 'histogram', ('engine', 'engine_version', 'pool_id', 'priority'), 'Milliseconds between the start that was predicted at admission and the true one, either way.', (5, 10, 25, 50, 100, 250, 500, 1000, 2500, 5000, 10000, 30000, 60000, 300000)),
     Metric('latency_load_ms', 'histogram', ('engine', 'engine_version', 'pool_id', 'device'), 'Milliseconds from the launch of a worker until its model was loaded.', (50, 100, 250, 500, 1000, 2500, 5000, 10000, 30000, 60000, 300000, 1800000)),
     Metric('replica_evictions_total', 'counter', ('engine', 'engine_version', 'pool_id', 'replica_id', 'reason'), 'Models that were unloaded: for room (evicted), after their keep-alive (idle), or by a drain or a reload.', ()),
+    Metric('policy_outbound_decisions_total', 'counter', ('decision', 'rule', 'purpose'), 'Decisions about requests to elsewhere: allow or deny, by the rule that decided (default, allow[N], deny[N], address, plugin, scheme, invalid-url, downgrade) and by what it was for (tool, model, check).', ()),
     Metric('kv_cache_usage_ratio', 'gauge', ('engine', 'engine_version', 'pool_id', 'replica_id'), "Part of a replica's context, 0 to 1, that holds running tasks or sessions.", ()),
 )

@@ -90,7 +90,7 @@ class TaskRequest(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True)
     deadline_ms: Annotated[int, Meta(ge=1, le=31536000000)] | None = None  # From admission to the last token.
     expected_tokens: Annotated[int, Meta(ge=1, le=2147483647)] | None = None  # The client's guess of the answer's length, for predictions.
     kv_hint: KvHint | None = None
-    keep_transcript: bool | None = None  # Keep the stream as an artifact. Refused where the service has no artifact store.
+    keep_transcript: bool | None = None  # Keep the finished stream, without its `metrics` frames, as a `trace` artifact with the tag `task:` and the task_id. `tasks.keep_transcripts` of the configuration when absent.
 
 
 class AdmissionResponse(Struct, kw_only=True, frozen=True):
@@ -128,6 +128,8 @@ class ErrorCode(StrEnum):
     MODEL_DEPRECATED = 'MODEL_DEPRECATED'
     UNTRUSTED_ARTIFACT = 'UNTRUSTED_ARTIFACT'
     POLICY_DENIED = 'POLICY_DENIED'
+    STORAGE_UNAVAILABLE = 'STORAGE_UNAVAILABLE'
+    UPSTREAM_FAILED = 'UPSTREAM_FAILED'
     CANCELED = 'CANCELED'
     INTERNAL = 'INTERNAL'
 
@@ -221,7 +223,7 @@ class MetricsFrame(Struct, kw_only=True, frozen=True):
     predicted_start_ms: Annotated[int, Meta(ge=0, le=9223372036854775807)] | None
     tokens_in: Annotated[int, Meta(ge=0, le=9223372036854775807)]
     tokens_out: Annotated[int, Meta(ge=0, le=9223372036854775807)]
-    on_time_probability: Annotated[float, Meta(ge=0, le=1)] | None  # Null without a deadline or before anything was measured.
+    on_time_probability: Annotated[float, Meta(ge=0, le=1)] | None  # Chance that the task ends before its deadline: of those that are told about 0.8, about 80 % do. Null without a deadline or before anything was measured.
     kv_warmth: bool  # Whether cached context was used.
     tokens_budget_remaining: Annotated[int, Meta(ge=0, le=9223372036854775807)] | None
     time_budget_remaining_ms: Annotated[int, Meta(ge=0, le=9223372036854775807)] | None
@@ -461,6 +463,94 @@ class ReloadRequest(Struct, kw_only=True, frozen=True, forbid_unknown_fields=Tru
     """What the pool is to serve."""
 
     new_model_ref: Annotated[str, Meta(min_length=1, max_length=1024)]  # A model reference, as `model` of a pool in the configuration.
+
+
+class OutboundCheck(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
+    """A request that may be made."""
+
+    url: Annotated[str, Meta(min_length=1, max_length=8192)]
+
+
+class PolicyDecision(Struct, kw_only=True, frozen=True):
+    """What the outbound policy says about one request."""
+
+    allowed: bool
+    rule: Annotated[str, Meta(min_length=1)]  # What decided: `default`, an entry of a list such as `allow[0]` or `deny[2]`, `address`, `plugin`, `scheme`, `invalid-url` or `downgrade`.
+    reason: Annotated[str, Meta(min_length=1)]  # For people.
+    url: str | None  # The URL as it was read, or as a plugin rewrote it; null where it cannot be read.
+    addresses: list[str]  # What the host stands for; empty where it was not looked up or has none.
+    audit_id: Uuid  # Finds the decision in the log.
+
+
+class FetchRequest(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
+    """What to fetch, and within which bounds."""
+
+    url: Annotated[str, Meta(min_length=1, max_length=8192)]  # http or https; a fragment is left out.
+    max_bytes: Annotated[int, Meta(ge=1, le=8388608)] = 1048576  # Of the body, as it comes and unpacked.
+    timeout_ms: Annotated[int, Meta(ge=1, le=25000)] = 10000  # For all of it, redirects included.
+
+
+class FetchResult(Struct, kw_only=True, frozen=True):
+    """What the other side answered."""
+
+    status: Annotated[int, Meta(ge=100, le=999)]  # The other side's HTTP status.
+    headers: dict[str, str]  # Names in lower case; values of a repeated one joined with commas; without Set-Cookie.
+    text: str  # The body, in the charset that it names, else UTF-8.
+    url: str  # Where it came from in the end.
+    audit_id: Uuid  # Finds the decisions in the log.
+
+
+class ArtifactKind(StrEnum):
+    """What an artifact is for. The service itself writes `trace` for transcripts."""
+
+    PLAN = 'plan'
+    SUMMARY = 'summary'
+    DIFF = 'diff'
+    TRACE = 'trace'
+    OTHER = 'other'
+
+
+class Artifact(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
+    """What to store. Whole numbers have at most 64 bits; nothing is nested deeper than 100."""
+
+    kind: ArtifactKind
+    content: dict[str, Any]  # Anything, up to 4 MiB as canonical JSON.
+    tags: Annotated[list[Annotated[str, Meta(min_length=1, max_length=128)]], Meta(max_length=64)] | UnsetType = UNSET  # To find it by.
+    parent: Annotated[str, Meta(min_length=1, max_length=128)] | None = None  # The id of the artifact that it comes from.
+    metadata: dict[str, Any] | UnsetType = UNSET  # What is said about it, up to 64 KiB; no part of its id.
+
+
+class ArtifactRef(Struct, kw_only=True, frozen=True):
+    """What an artifact is known by, without its content."""
+
+    id: str  # The SHA-256 of the content, in hexadecimal.
+    kind: ArtifactKind
+    digest: str  # `sha256:` and the id.
+    created_ms: Annotated[int, Meta(ge=0, le=9223372036854775807)]  # Milliseconds since 1970-01-01 in UTC.
+    tags: list[str]  # In order, each once.
+    parent: str | None
+    size_bytes: Annotated[int, Meta(ge=0, le=9223372036854775807)]  # Of the content as canonical JSON.
+
+
+class ArtifactList(Struct, kw_only=True, frozen=True):
+    """One page of artifacts."""
+
+    items: list[ArtifactRef]
+    next_cursor: str | None
+
+
+class StoredArtifact(Struct, kw_only=True, frozen=True):
+    """An artifact as it was stored, with its reference."""
+
+    id: str  # The SHA-256 of the content, in hexadecimal.
+    kind: ArtifactKind
+    digest: str  # `sha256:` and the id.
+    created_ms: Annotated[int, Meta(ge=0, le=9223372036854775807)]  # Milliseconds since 1970-01-01 in UTC.
+    tags: list[str]  # In order, each once.
+    parent: str | None
+    size_bytes: Annotated[int, Meta(ge=0, le=9223372036854775807)]  # Of the content as canonical JSON.
+    content: dict[str, Any]
+    metadata: dict[str, Any]
 
 
 class Healthz(Struct, kw_only=True, frozen=True):

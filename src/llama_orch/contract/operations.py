@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, NamedTuple, Protocol
 
 from msgspec import Meta
 
-from .models import Determinism, DrainRequest, OpenAiChatRequest, OpenAiCompletionRequest, OpenAiEmbeddingRequest, Priority, ReloadRequest, TaskRequest, TaskState, Uuid
+from .models import Artifact, ArtifactKind, Determinism, DrainRequest, FetchRequest, OpenAiChatRequest, OpenAiCompletionRequest, OpenAiEmbeddingRequest, OutboundCheck, Priority, ReloadRequest, TaskRequest, TaskState, Uuid
 
 API_VERSION = '2.3.0'
 
@@ -71,6 +71,22 @@ OPERATIONS: dict[str, Operation] = {
         ),
         (200, 400, 401, 403), is_open=False,
     ),
+    'listArtifacts': Operation(
+        'listArtifacts', 'control', 'GET', '/v1/artifacts', None,
+        (
+            Parameter('kind', 'query', ArtifactKind, False, None),
+            Parameter('tag', 'query', Annotated[str, Meta(min_length=1, max_length=128)], False, None),
+            Parameter('parent', 'query', Annotated[str, Meta(min_length=1, max_length=128)], False, None),
+            Parameter('limit', 'query', Annotated[int, Meta(ge=1, le=200)], False, 50),
+            Parameter('cursor', 'query', Annotated[str, Meta(min_length=1, max_length=200)], False, None),
+        ),
+        (200, 400, 401, 403, 507), is_open=False,
+    ),
+    'createArtifact': Operation(
+        'createArtifact', 'control', 'POST', '/v1/artifacts', Artifact,
+        (),
+        (200, 201, 400, 401, 403, 404, 413, 415, 507), is_open=False,
+    ),
     'listOpenAiModels': Operation(
         'listOpenAiModels', 'openai', 'GET', '/v1/models', None,
         (),
@@ -96,6 +112,11 @@ OPERATIONS: dict[str, Operation] = {
         ),
         (200, 400, 401, 403, 404, 409, 413, 415, 429, 503, 504), is_open=False,
     ),
+    'fetchUrl': Operation(
+        'fetchUrl', 'control', 'POST', '/v1/tools/fetch', FetchRequest,
+        (),
+        (200, 400, 401, 403, 413, 415, 502, 503), is_open=False,
+    ),
     'createChatCompletion': Operation(
         'createChatCompletion', 'openai', 'POST', '/v1/chat/completions', OpenAiChatRequest,
         (
@@ -105,6 +126,11 @@ OPERATIONS: dict[str, Operation] = {
             Parameter('X-Determinism', 'header', Determinism, False, None),
         ),
         (200, 400, 401, 403, 404, 409, 413, 415, 429, 503, 504), is_open=False,
+    ),
+    'checkOutbound': Operation(
+        'checkOutbound', 'control', 'POST', '/v1/policy/outbound/check', OutboundCheck,
+        (),
+        (200, 400, 401, 403, 413, 415, 503), is_open=False,
     ),
     'getTask': Operation(
         'getTask', 'data', 'GET', '/v1/tasks/{id}', None,
@@ -133,6 +159,20 @@ OPERATIONS: dict[str, Operation] = {
             Parameter('id', 'path', Annotated[str, Meta(min_length=1, max_length=64)], True, None),
         ),
         (200, 400, 401, 403, 404), is_open=False,
+    ),
+    'getArtifact': Operation(
+        'getArtifact', 'control', 'GET', '/v1/artifacts/{id}', None,
+        (
+            Parameter('id', 'path', Annotated[str, Meta(min_length=1, max_length=128)], True, None),
+        ),
+        (200, 400, 401, 403, 404, 507), is_open=False,
+    ),
+    'deleteArtifact': Operation(
+        'deleteArtifact', 'control', 'DELETE', '/v1/artifacts/{id}', None,
+        (
+            Parameter('id', 'path', Annotated[str, Meta(min_length=1, max_length=128)], True, None),
+        ),
+        (204, 400, 401, 403, 404, 507), is_open=False,
     ),
     'getOpenAiModel': Operation(
         'getOpenAiModel', 'openai', 'GET', '/v1/models/{id}', None,
@@ -184,13 +224,17 @@ ALLOW: dict[str, str] = {
     '/v1/tasks': 'GET, HEAD, POST',
     '/v1/capabilities': 'GET, HEAD',
     '/v1/pools': 'GET, HEAD',
+    '/v1/artifacts': 'GET, HEAD, POST',
     '/v1/models': 'GET, HEAD',
     '/v1/completions': 'POST',
     '/v1/embeddings': 'POST',
+    '/v1/tools/fetch': 'POST',
     '/v1/chat/completions': 'POST',
+    '/v1/policy/outbound/check': 'POST',
     '/v1/tasks/{id}': 'GET, HEAD',
     '/v1/sessions/{id}': 'DELETE, GET, HEAD',
     '/v1/pools/{id}': 'GET, HEAD',
+    '/v1/artifacts/{id}': 'DELETE, GET, HEAD',
     '/v1/models/{id}': 'GET, HEAD',
     '/v1/tasks/{id}/stream': 'GET, HEAD',
     '/v1/tasks/{id}/cancel': 'POST',
@@ -209,14 +253,20 @@ class Handlers(Protocol):
     async def create_task(self, *, body: TaskRequest) -> Any: ...  # POST /v1/tasks
     async def get_capabilities(self) -> Any: ...  # GET /v1/capabilities
     async def list_pools(self, *, limit: Annotated[int, Meta(ge=1, le=200)], cursor: Annotated[str, Meta(min_length=1, max_length=200)] | None) -> Any: ...  # GET /v1/pools
+    async def list_artifacts(self, *, kind: ArtifactKind | None, tag: Annotated[str, Meta(min_length=1, max_length=128)] | None, parent: Annotated[str, Meta(min_length=1, max_length=128)] | None, limit: Annotated[int, Meta(ge=1, le=200)], cursor: Annotated[str, Meta(min_length=1, max_length=200)] | None) -> Any: ...  # GET /v1/artifacts
+    async def create_artifact(self, *, body: Artifact) -> Any: ...  # POST /v1/artifacts
     async def list_open_ai_models(self) -> Any: ...  # GET /v1/models
     async def create_completion(self, *, body: OpenAiCompletionRequest, x_priority: Priority | None, x_session_id: Uuid | None, x_deadline_ms: Annotated[int, Meta(ge=1, le=31536000000)] | None, x_determinism: Determinism | None) -> Any: ...  # POST /v1/completions
     async def create_embedding(self, *, body: OpenAiEmbeddingRequest, x_priority: Priority | None, x_session_id: Uuid | None, x_deadline_ms: Annotated[int, Meta(ge=1, le=31536000000)] | None, x_determinism: Determinism | None) -> Any: ...  # POST /v1/embeddings
+    async def fetch_url(self, *, body: FetchRequest) -> Any: ...  # POST /v1/tools/fetch
     async def create_chat_completion(self, *, body: OpenAiChatRequest, x_priority: Priority | None, x_session_id: Uuid | None, x_deadline_ms: Annotated[int, Meta(ge=1, le=31536000000)] | None, x_determinism: Determinism | None) -> Any: ...  # POST /v1/chat/completions
+    async def check_outbound(self, *, body: OutboundCheck) -> Any: ...  # POST /v1/policy/outbound/check
     async def get_task(self, *, id: Uuid) -> Any: ...  # GET /v1/tasks/{id}
     async def get_session(self, *, id: Uuid) -> Any: ...  # GET /v1/sessions/{id}
     async def delete_session(self, *, id: Uuid) -> Any: ...  # DELETE /v1/sessions/{id}
     async def get_pool(self, *, id: Annotated[str, Meta(min_length=1, max_length=64)]) -> Any: ...  # GET /v1/pools/{id}
+    async def get_artifact(self, *, id: Annotated[str, Meta(min_length=1, max_length=128)]) -> Any: ...  # GET /v1/artifacts/{id}
+    async def delete_artifact(self, *, id: Annotated[str, Meta(min_length=1, max_length=128)]) -> Any: ...  # DELETE /v1/artifacts/{id}
     async def get_open_ai_model(self, *, id: Annotated[str, Meta(min_length=1, max_length=1024)]) -> Any: ...  # GET /v1/models/{id}
     async def stream_task(self, *, id: Uuid) -> Any: ...  # GET /v1/tasks/{id}/stream
     async def cancel_task(self, *, id: Uuid) -> Any: ...  # POST /v1/tasks/{id}/cancel

@@ -94,8 +94,6 @@ def writes(request: TaskRequest) -> bool:
 def check_request(request: TaskRequest, spec: PoolSpec, sampler_profiles: Iterable[str]) -> None:
     """Everything that can be judged without counting tokens."""
     _check_fields(request)
-    if request.keep_transcript:
-        raise InvalidParams("this service keeps no transcripts; leave `keep_transcript` out")
     if request.ctx is not None and request.ctx > spec.ctx:
         raise InvalidParams(
             f"`ctx` is {request.ctx} tokens, but pool {spec.pool_id} has {spec.ctx}; ask for at most {spec.ctx}",

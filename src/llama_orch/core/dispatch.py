@@ -60,7 +60,7 @@ class Dispatcher:
             return False
         task.placement = placement.reasons(chosen, found)
         task.lease = chosen.replica.take(task.task_id, exclusive=exclusive, slot=chosen.warm_slot)
-        task.replica_id = chosen.replica.replica_id
+        task.replica_id, task.model_digest = chosen.replica.replica_id, chosen.replica.model_digest
         task.started_s = now
         self._book.started(task, chosen.replica)
         task.step(TaskEvent.START)

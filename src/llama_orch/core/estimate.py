@@ -5,7 +5,7 @@ Null is an answer: nothing is predicted before two tasks of the model have been 
 
 from __future__ import annotations
 
-import math
+from bisect import bisect_right
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 SAMPLES_MIN = 2
 WEIGHT = 1 / 32  # of a new sample in the moving averages: answers differ in length, and few samples say little of them
 LENGTHS_KEPT = 256
+OPTIONS_MAX = 32  # lengths that are told apart where chances are weighed
 WAIT_GUESS_S = 0.5  # per task ahead, for a refusal's advice before anything was measured
 OVERDUE_SHARE = 0.1  # what outlives its estimate is taken to need this much of it more
 
@@ -39,12 +40,17 @@ class Lengths:
 
     average: Average = field(default_factory=Average)
     _latest: deque[int] = field(default_factory=lambda: deque(maxlen=LENGTHS_KEPT))
+    _ratios: deque[float] = field(default_factory=lambda: deque(maxlen=OPTIONS_MAX))  # of what came to what was told
     _means: dict[int, float] = field(default_factory=dict)  # by max_tokens; of use until the next answer
+    _by_length: list[float] = field(default_factory=list)  # likewise
 
-    def add(self, tokens: int) -> None:
+    def add(self, tokens: int, expected_tokens: int | None = None) -> None:
         self.average.add(tokens)
         self._latest.append(tokens)
         self._means.clear()
+        self._by_length = []
+        if expected_tokens is not None:
+            self._ratios.append(tokens / max(1, expected_tokens))
 
     def expected(self, max_tokens: int, expected_tokens: int | None) -> float:
         """Of an answer that has not begun. The client's own word comes before experience."""
@@ -65,6 +71,34 @@ class Lengths:
         if longer:
             return sum(longer) / len(longer)
         return min(max_tokens - tokens_out, OVERDUE_SHARE * tokens_out)
+
+    def options(self, tokens_out: int, max_tokens: int, expected_tokens: int | None) -> list[float]:
+        """What an answer that has this many tokens may still get, as equally likely numbers, sorted.
+
+        The client's word is taken for as good as it has proved to be. Else there can be what there was lately, and
+        something shorter and something longer than all of it: n answers leave that open with a chance of 2 in n + 2.
+        """
+        if expected_tokens is not None:
+            whole = sorted(expected_tokens * ratio for ratio in self._ratios or (1.0,))
+        else:
+            whole = self._sorted()
+        longer = _thinned(whole[bisect_right(whole, tokens_out) :])
+        if not longer:
+            return [min(max_tokens - tokens_out, OVERDUE_SHARE * (expected_tokens or tokens_out))]
+        return [min(max_tokens, length) - tokens_out for length in longer]
+
+    def _sorted(self) -> list[float]:
+        if not self._by_length:
+            latest = sorted(self._latest)
+            self._by_length = [0.5 * latest[0], *latest, 1.5 * latest[-1]] if latest else [self.average.mean]
+        return self._by_length
+
+
+def _thinned(options: list[float]) -> list[float]:
+    """At most OPTIONS_MAX of them, evenly."""
+    if len(options) <= OPTIONS_MAX:
+        return options
+    return [options[(2 * step + 1) * len(options) // (2 * OPTIONS_MAX)] for step in range(OPTIONS_MAX)]
 
 
 @dataclass(slots=True)
@@ -88,14 +122,14 @@ class Speeds:
     def is_known(self) -> bool:
         return self.overhead_s.samples > 0
 
+    @property
+    def deviation(self) -> float:
+        """Relative standard deviation of the time that a token takes."""
+        return self.token_s.variance**0.5 / self.token_s.mean if self.token_s.mean > 0 else 0.0
+
     def service_s(self, tokens_in: float, tokens_out: float) -> float:
         """Expected time on a slot."""
         return self.overhead_s.mean + tokens_in * self.prompt_s.mean + tokens_out * self.token_s.mean
-
-    def deviation_s(self, tokens_out: float, length_variance: float) -> float:
-        """Standard deviation of the same, from the spread of lengths and of speeds, taken as independent."""
-        length = length_variance * self.token_s.mean**2
-        return math.sqrt(length + self.token_s.variance * tokens_out**2 + self.overhead_s.variance)
 
 
 @dataclass(slots=True)
@@ -128,10 +162,3 @@ def forecast(lanes: list[Lane], waiting: Iterable[tuple[str, bool, Sequence[floa
         starts[task_id] = earliest
         lane.occupy(earliest + services_s[lane.number], exclusive=exclusive)
     return starts
-
-
-def on_time_probability(left_s: float, mean_s: float, deviation_s: float) -> float:
-    """Chance that a normally distributed rest of mean and deviation fits into the time left."""
-    if deviation_s <= 0:
-        return 1.0 if mean_s <= left_s else 0.0
-    return 0.5 * (1 + math.erf((left_s - mean_s) / (deviation_s * math.sqrt(2))))

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from itertools import islice
 
 from llama_orch.contract.models import Priority, ReplicaState, TaskState
+from llama_orch.core.chance import Holder, Slot, Waiter, Work, chances, own_chance
 from llama_orch.core.estimate import (
     OVERDUE_SHARE,
     SAMPLES_MIN,
@@ -19,7 +20,6 @@ from llama_orch.core.estimate import (
     Lengths,
     Speeds,
     forecast,
-    on_time_probability,
 )
 from llama_orch.core.pool import Pool
 from llama_orch.core.replica import Replica
@@ -75,11 +75,14 @@ class Predictor:
 
     # -- what is measured ----------------------------------------------------------------------------------------------
 
-    def learn(self, pool: Pool, replica: Replica, service_s: float, outcome: Outcome) -> None:
+    def learn(
+        self, pool: Pool, replica: Replica, service_s: float, outcome: Outcome, expected_tokens: int | None = None
+    ) -> None:
+        """One task that came to its end; `expected_tokens` is what its client had said of it."""
         model = self._kept(pool)
         decode_s = min(service_s, outcome.decode_ms / 1000)
         prefill_s = min(service_s - decode_s, outcome.prefill_ms / 1000)
-        model.lengths.add(outcome.tokens_out)
+        model.lengths.add(outcome.tokens_out, expected_tokens)
         for speeds in (model.anywhere, model.on.setdefault(replica.device_ids, Speeds())):
             speeds.learn(
                 service_s=service_s,
@@ -239,23 +242,59 @@ class Predictor:
                 waits.append(known_s)
         return to_advice_ms(min(waits, default=0.0))
 
-    def on_time(self, pool: Pool, task: Task, start_in_s: float | None, now: float) -> float | None:
-        """Chance that the task meets its deadline; None without one or before anything was measured."""
+    def on_time(self, pool: Pool, task: Task, tasks: Mapping[str, Task], now: float) -> float | None:
+        """Chance that the task meets its deadline; None without one, once it has ended, or before anything was measured
+        that it depends on."""
         model = self._model(pool)
         if task.deadline_s is None or not model.is_known:
             return None
-        mask = pool.replicas[task.replica_id].device_ids if task.replica_id in pool.replicas else ()
-        rest_s = self._service_s(model, task, mask)
-        if task.state is TaskState.RUNNING and task.started_s is not None:
-            rest_s = max(0.0, rest_s - (now - task.started_s))
-        elif start_in_s is None:
-            return None
-        else:
-            rest_s += start_in_s
-        is_told = task.request.expected_tokens is not None
-        tokens = model.lengths.expected(task.tokens_out_max, task.request.expected_tokens)
-        variance = 0.0 if is_told else model.lengths.average.variance
-        return on_time_probability(task.deadline_s - now, rest_s, model.speeds(mask).deviation_s(tokens, variance))
+        if task.state is TaskState.RUNNING and (replica := pool.replicas.get(task.replica_id or "")) is not None:
+            return own_chance(self._holder(model, task, replica, now))
+        return self.chances(pool, tasks, now).get(task.task_id) if task.state is TaskState.QUEUED else None
+
+    def chances(self, pool: Pool, tasks: Mapping[str, Task], now: float) -> dict[str, float]:
+        """The same of all who wait in the pool, in one pass; those that have a deadline."""
+        model = self._model(pool)
+        waiting = [tasks[task_id] for task_id in pool.queue]
+        if not model.is_known or all(task.deadline_s is None for task in waiting):
+            return {}
+        serving, lanes = self._lanes(pool, tasks, now)
+        if not lanes:
+            return {}
+        slots: list[list[Slot]] = []
+        for replica, lane in zip(serving, lanes, strict=True):
+            holders = {
+                slot: self._holder(model, tasks[task_id], replica, now)
+                for slot, task_id in replica.leases.items()
+                if tasks[task_id].state is TaskState.RUNNING
+            }
+            slots.append([holders.get(slot, free_in_s) for slot, free_in_s in enumerate(lane.free_in_s)])
+        exclusive = pool.spec.strict_needs_exclusive
+        masks = [replica.device_ids for replica in serving]
+        waiters = [
+            Waiter(
+                task.number,
+                task.is_strict and exclusive,
+                [self._work(model, task, mask) for mask in masks],
+                None if task.deadline_s is None else task.deadline_s - now,
+            )
+            for task in waiting
+        ]
+        found = zip(waiting, chances(slots, waiters), strict=True)
+        return {task.task_id: chance for task, chance in found if task.deadline_s is not None}
+
+    @staticmethod
+    def _work(model: _Model, task: Task, mask: tuple[str, ...], spent_s: float = 0.0) -> Work:
+        """What the task may need of a replica there, less the time that it has spent on one without a token."""
+        speeds, is_decoding = model.speeds(mask), task.tokens_out > 0
+        fixed_s = 0.0 if is_decoding else max(0.0, speeds.service_s(task.tokens_in or 0, 0) - spent_s)
+        options = model.lengths.options(task.tokens_out, task.tokens_out_max, task.request.expected_tokens)
+        return Work(fixed_s, [tokens * speeds.token_s.mean for tokens in options], speeds.deviation)
+
+    def _holder(self, model: _Model, task: Task, replica: Replica, now: float) -> Holder:
+        spent_s = 0.0 if task.started_s is None else now - task.started_s
+        left_s = None if task.deadline_s is None else task.deadline_s - now
+        return Holder(task.number, self._work(model, task, replica.device_ids, spent_s), left_s)
 
     def _starts(self, pool: Pool, tasks: Mapping[str, Task], waiting: Sequence[Task], now: float) -> dict[str, float]:
         model = self._model(pool)

@@ -92,6 +92,7 @@ class Replica:
     close_reason: str = ""
     leases: dict[int, str] = field(default_factory=dict)  # slot -> task id
     slot_used_s: dict[int, float] = field(default_factory=dict)  # slot with a session's KV -> when it was last let go
+    model_digest: str | None = None  # of the bytes that its worker loaded; a file may be another one by the next load
     restarts: int = 0
     losses_in_a_row: int = 0
     has_served: bool = False  # since it was last unloaded

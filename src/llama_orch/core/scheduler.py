@@ -189,7 +189,7 @@ class Scheduler:
         if task.state is TaskState.RUNNING and task.started_s is not None and task.lease is not None:
             task.tokens_in, task.tokens_out, task.outcome = outcome.tokens_in, outcome.tokens_out, outcome
             replica = self.replicas[task.lease.replica_id]
-            self.predictor.learn(task.pool, replica, now - task.started_s, outcome)
+            self.predictor.learn(task.pool, replica, now - task.started_s, outcome, task.request.expected_tokens)
             self.book.ran(task, replica, outcome)
             self._end(task, TaskEvent.FINISH, now, None)
         self._release(task, now)
@@ -260,7 +260,7 @@ class Scheduler:
         pool = self.fleet.owner(replica)
         self.predictor.learn_load(pool, replica, now)
         replica.mark_ready(slots, now)
-        pool.model_digest = model_digest
+        pool.model_digest = replica.model_digest = model_digest
         self.rollouts.came(replica)
         self.fleet.condemn_if_lost(replica)
         self._dispatcher.dispatch(pool, now)

@@ -75,6 +75,7 @@ class Task:
     state: TaskState = TaskState.QUEUED
     lease: Lease | None = None  # outlives the state: held until the engine has let go of the slot
     replica_id: str | None = None
+    model_digest: str | None = None  # of what the replica had loaded when the task started there
     placement: str | None = None
     started_s: float | None = None
     ended_s: float | None = None

@@ -24,8 +24,9 @@ _TENSOR_TYPES = frozenset(
 _FEATURES = ("chat", "kv_reuse")
 _NOT_POOLED, _LAST_TOKEN = 0, 3  # as llama.cpp counts poolings
 _DETERMINISM = (
-    "strict: the same bytes for the same seed; it runs one sequence at a time, and takes over a session's KV only in "
-    "whole batches of its prompt. best_effort: with a session's KV the bytes may differ"
+    "strict: the same bytes for the same request on the same replica, whatever else waits or runs (on a CPU: on every "
+    "replica of the same build); cost: of a session's KV only whole batches of the prompt are taken over; there is one "
+    "slot in any case. best_effort: with a session's KV the bytes may differ"
 )
 
 

@@ -32,9 +32,10 @@ _VERSION = re.compile(r"version: (?:\S+ \(build )?(\d+)(?: \(|, commit )(\w+)\)"
 
 _FEATURES = ("chat", "grammar", "json_schema", "kv_reuse", "min_p")
 _DETERMINISM = (
-    "strict: the same bytes for the same seed; the task has its replica to itself, and takes over a session's KV only "
-    "in whole batches of its prompt, evaluated as they would be without it. best_effort: beside other running "
-    "sequences about 1 stream in 32 differs on a CPU, with a session's KV more"
+    "strict: the same bytes for the same request on the same replica, whatever else waits or runs (on a CPU: on every "
+    "replica of the same build); cost: the task has all slots of its replica, and of a session's KV only whole batches "
+    "of its prompt are taken over. best_effort shares the replica: beside others about 1 stream in 32 differs on a "
+    "CPU, and with long prompts or a session's KV more"
 )
 
 

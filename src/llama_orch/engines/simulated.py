@@ -8,7 +8,7 @@ real engine's end looks like. Nothing here is random: all follows from the jobs,
 from __future__ import annotations
 
 import asyncio
-import math
+import itertools
 import random
 from collections.abc import AsyncGenerator, Callable, Iterator
 from dataclasses import dataclass
@@ -30,11 +30,11 @@ from llama_orch.engines.base import (
     WorkerLost,
     load_failed,
 )
+from llama_orch.engines.simulated_text import shared_tokens, vector_of
 from llama_orch.workers.stop_strings import StopStrings
 
 _VERSION = "1"
 _FEATURES = ("chat", "kv_reuse", "min_p")
-_VECTOR_LENGTH = 8
 _SYLLABLES = ("ka", "lo", "mi", "ren", "su", "té", "vor", "ya", "zel", "ño", "日", "ön")
 _PROMPT_STEP = 512  # tokens of a prompt between two looks at who else is at work
 LOAD_SILENCE_S = 120.0  # as engines.process: a load that says nothing for this long has failed
@@ -57,7 +57,8 @@ class ServiceModel:
     decode_s_per_token: float = 0.02
     cancel_s: float = 0.0  # from the cancel to the free slot
     unload_s: float = 0.0  # from the stop to the free memory
-    mean_tokens: int | None = None  # of an answer; None: every answer runs to its max_tokens
+    mean_tokens: int | None = None  # of an answer, geometric; None: every answer runs to its max_tokens
+    uniform_tokens: tuple[int, int] | None = None  # of an answer, each length of this range alike
     batch_slowdown: float = 0.0
     card_slowdown: float = 0.0
     chunk_tokens: int = 1  # that arrive together, but for the first one: fewer events for the same time
@@ -91,7 +92,7 @@ class SimulatedEngine:
             name="simulated",
             version=_VERSION,
             workloads=("completion", "embedding", "rerank"),
-            determinism="strict: the same text for the same seed and prompt, always",
+            determinism="strict: the same bytes for the same seed and prompt, always; cost: none",
             strict_needs_exclusive=self._strict_needs_exclusive,
             features=_FEATURES,
         )
@@ -237,7 +238,7 @@ class SimulatedWorker:
         self._check_job(job, len(prompt))
         self._busy.add(job.slot)
         try:
-            cached = _common(prompt, self._held.get(job.slot, [])) if job.kv_reuse != "none" else 0
+            cached = shared_tokens(prompt, self._held.get(job.slot, [])) if job.kv_reuse != "none" else 0
             held = self._held[job.slot] = prompt.copy()
             prefill_s = await self._read(len(prompt) - cached, job.idle_timeout_s)
             stops = StopStrings(job.sampling.stop)
@@ -291,7 +292,7 @@ class SimulatedWorker:
         finally:
             self._busy.discard(job.slot)
         if job.query is None:
-            return Reading(len(words), took_s * 1000, vector=_vector(job.text))
+            return Reading(len(words), took_s * 1000, vector=vector_of(job.text))
         asked = set(job.query.split())
         return Reading(len(words), took_s * 1000, score=len(asked & set(job.text.split())) / max(1, len(asked)))
 
@@ -376,25 +377,14 @@ class SimulatedWorker:
     def _words(self, job: Job) -> Iterator[str]:
         """The answer's words: a function of prompt and seed (of the prompt alone when temperature is 0)."""
         dice = random.Random(f"{job.seed if job.sampling.temperature > 0 else 'greedy'}:{job.prompt}")
-        mean = self._service.mean_tokens
-        while mean is None or dice.random() >= 1 / mean:
+        mean, bounds = self._service.mean_tokens, self._service.uniform_tokens
+        words = itertools.count() if bounds is None else range(dice.randint(*bounds) - 1)  # and the end of the text
+        for _ in words:
+            if mean is not None and dice.random() < 1 / mean:
+                return
             yield "".join(dice.choices(_SYLLABLES, k=dice.randint(1, 3)))
 
 
 def _wake(nap: asyncio.Future[None]) -> None:
     if not nap.done():
         nap.set_result(None)
-
-
-def _vector(text: str) -> tuple[float, ...]:
-    """Of length 1."""
-    dice = random.Random(f"vector:{text}")
-    values = [dice.gauss(0.0, 1.0) for _ in range(_VECTOR_LENGTH)]
-    length = math.sqrt(sum(value * value for value in values))
-    return tuple(value / length for value in values)
-
-
-def _common(tokens: list[str], held: list[str]) -> int:
-    """Tokens at the start that the slot holds already; the last one is always evaluated again."""
-    pairs = zip(tokens[:-1], held, strict=False)
-    return next((index for index, (new, old) in enumerate(pairs) if new != old), min(len(tokens) - 1, len(held)))

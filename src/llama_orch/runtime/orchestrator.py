@@ -29,6 +29,7 @@ from llama_orch.core.task import Task
 from llama_orch.errors import Internal, LlorchError, NotFound, PoolUnready, ReplicaExhausted
 from llama_orch.observe.journal import Journal
 from llama_orch.runtime import views
+from llama_orch.runtime.archive import Archive
 from llama_orch.runtime.builder import Builder
 from llama_orch.runtime.decoding import Decoding
 from llama_orch.runtime.intake import Intake, Measured
@@ -56,9 +57,11 @@ class Orchestrator:
         journal: Journal,
         clock: Clock,
         settings: Settings,
+        archive: Archive,
     ) -> None:
         self.scheduler = scheduler
         self.replicas = replicas
+        self.archive = archive
         self._journal = journal
         self._clock = clock
         self._settings = settings
@@ -144,6 +147,7 @@ class Orchestrator:
             earlier = self.scheduler.repeated(request)
             if earlier is not None:
                 return earlier
+            self.archive.check(request)
             pool = await self._pool_for(request)
             admission.check_request(request, pool.spec, self._settings.sampler_profiles)
             self.scheduler.gate.check_room(pool, request, self._clock.now())  # before it costs anything
@@ -271,7 +275,7 @@ class Orchestrator:
     def _end(self, task: Task) -> None:
         pool = task.pool
         stream = self._streams[task.task_id]
-        stream.metrics(self._metrics_frame(task, views.NOT_WAITING))
+        stream.metrics(self._metrics_frame(task, views.NOT_WAITING, None))
         if task.outcome is not None and task.error is None:
             stream.end(views.end_frame(task, task.outcome, pool))
             task.outcome = replace(task.outcome, embeddings=None, scores=None)  # the stream has them
@@ -279,6 +283,7 @@ class Orchestrator:
             stream.end((task.error or Internal("the task ended without a result")).body(task.correlation_id))
         self._decoding.forget(task)
         self._journal.ended(task, pool)
+        self.archive.keep(task, stream)
         self._retained_bytes += stream.size_bytes
         while self._retained_bytes > RETAINED_BYTES_MAX and self.scheduler.forget_oldest():
             self._perform()
@@ -312,13 +317,15 @@ class Orchestrator:
         now = self._clock.now()
         for pool in self.scheduler.fleet.every_pool():
             outlooks = self.scheduler.predictor.outlooks(pool, self.scheduler.tasks, now) if len(pool.queue) else {}
+            chances = self.scheduler.predictor.chances(pool, self.scheduler.tasks, now) if outlooks else {}
             for task_id, outlook in outlooks.items():
-                self._streams[task_id].metrics(self._metrics_frame(self.scheduler.tasks[task_id], outlook))
+                frame = self._metrics_frame(self.scheduler.tasks[task_id], outlook, chances.get(task_id))
+                self._streams[task_id].metrics(frame)
         for task in self._decoding.running():
-            self._streams[task.task_id].metrics(self._metrics_frame(task, views.NOT_WAITING))
+            chance = self.scheduler.predictor.on_time(task.pool, task, self.scheduler.tasks, now)
+            self._streams[task.task_id].metrics(self._metrics_frame(task, views.NOT_WAITING, chance))
 
-    def _metrics_frame(self, task: Task, outlook: Outlook) -> MetricsFrame:
-        chance = self.scheduler.predictor.on_time(task.pool, task, outlook.start_in_s, self._clock.now())
+    def _metrics_frame(self, task: Task, outlook: Outlook, chance: float | None) -> MetricsFrame:
         left = self.scheduler.book.sessions.left(task.request.session_id)
         return views.metrics_frame(task, outlook, len(task.pool.queue), chance, left)
 

@@ -50,6 +50,7 @@ class Replicas:
         self._told: dict[str, asyncio.Future[None]] = {}  # set: the life is to end
         self._turns: dict[str, asyncio.Lock] = {}
         self._pids: dict[str, tuple[int, ...]] = {}
+        self._builds: dict[str, str] = {}  # engine -> the version that its first worker reported
 
     def listen(self, listener: Listener) -> None:
         """Who hears of what happens; called once, before any life begins."""
@@ -155,7 +156,7 @@ class Replicas:
     ) -> str | None:
         """From loading to loss; the reason of the loss, None when it was told to end, or was condemned, and its loss is
         reported already."""
-        loading = asyncio.ensure_future(self._until_ready(worker, spec))
+        loading = asyncio.ensure_future(self._until_ready(replica_id, worker, spec))
         try:
             await asyncio.wait((loading, told), return_when=asyncio.FIRST_COMPLETED)
             if told.done():
@@ -172,7 +173,7 @@ class Replicas:
         self._heard().ready(replica_id, facts, digest)
         return await self._until_lost(replica_id, worker, condemned, told)
 
-    async def _until_ready(self, worker: Worker, spec: ReplicaSpec) -> tuple[str, WorkerFacts]:
+    async def _until_ready(self, replica_id: str, worker: Worker, spec: ReplicaSpec) -> tuple[str, WorkerFacts]:
         digest = asyncio.ensure_future(self._digest(spec.model_path))  # while the worker reads the file as well
         try:
             facts = await worker.ready()
@@ -180,11 +181,22 @@ class Replicas:
                 raise LoadFailed(
                     f"the engine grants {facts.ctx} tokens of context, not the {spec.ctx} that were asked for"
                 )
+            self._check_build(replica_id, facts.engine_version)
             return await digest, facts
         except OSError as error:
             raise LoadFailed(f"the model file cannot be read: {error.strerror}") from error
         finally:
             digest.cancel()
+
+    def _check_build(self, replica_id: str, version: str) -> None:
+        """One build of an engine for as long as the service lives (HP-DET-2): one that was upgraded underneath must not
+        serve under the version that capabilities and `end` name."""
+        pinned = self._builds.setdefault(self._specs[replica_id][0].traits.name, version)
+        if version != pinned:
+            raise LoadFailed(
+                f"the engine was replaced: it is {version} now, and this service began with {pinned}; "
+                "restart the service"
+            )
 
     async def _until_lost(
         self, replica_id: str, worker: Worker, condemned: asyncio.Future[None], told: asyncio.Future[None]

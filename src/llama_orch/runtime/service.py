@@ -8,11 +8,18 @@ from llama_orch.budgets import BudgetsLeft
 from llama_orch.contract.config import Settings
 from llama_orch.contract.models import (
     AdmissionResponse,
+    Artifact,
+    ArtifactKind,
+    ArtifactList,
+    ArtifactRef,
     Backend,
     Capabilities,
     Concurrency,
     EngineCapability,
+    FetchRequest,
+    FetchResult,
     FullPolicy,
+    PolicyDecision,
     PoolCapability,
     PoolHealth,
     PoolList,
@@ -22,6 +29,7 @@ from llama_orch.contract.models import (
     ReplicaState,
     SamplerProfile,
     SessionInfo,
+    StoredArtifact,
     TaskList,
     TaskRequest,
     TaskState,
@@ -38,6 +46,7 @@ from llama_orch.engines.base import Engine
 from llama_orch.errors import InvalidParams
 from llama_orch.observe.metrics import Metrics, Reading
 from llama_orch.runtime import views
+from llama_orch.runtime.fetching import Fetching
 from llama_orch.runtime.orchestrator import Orchestrator
 from llama_orch.runtime.streams import Reader
 
@@ -52,7 +61,9 @@ class LocalService:
         sources: Sequence[Source],
         metrics: Metrics,
         settings: Settings,
+        fetching: Fetching,
     ) -> None:
+        self._fetching = fetching
         self._orchestrator = orchestrator
         self._scheduler = orchestrator.scheduler
         self._engines = engines
@@ -152,6 +163,31 @@ class LocalService:
 
     async def reload_pool(self, pool_id: str, new_model_ref: str) -> PoolHealth:
         return self._health(await self._orchestrator.reload_pool(pool_id, new_model_ref))
+
+    # -- artifacts -----------------------------------------------------------------------------------------------------
+
+    async def put_artifact(self, artifact: Artifact) -> tuple[ArtifactRef, bool]:
+        return await self._orchestrator.archive.put(artifact)
+
+    async def list_artifacts(
+        self, *, kind: ArtifactKind | None, tag: str | None, parent: str | None, limit: int, cursor: str | None
+    ) -> ArtifactList:
+        archive = self._orchestrator.archive
+        return await archive.list(kind=kind, tag=tag, parent=parent, limit=limit, cursor=cursor)
+
+    async def get_artifact(self, artifact_id: str) -> StoredArtifact:
+        return await self._orchestrator.archive.get(artifact_id)
+
+    async def delete_artifact(self, artifact_id: str) -> None:
+        await self._orchestrator.archive.delete(artifact_id)
+
+    # -- to elsewhere --------------------------------------------------------------------------------------------------
+
+    async def check_outbound(self, url: str) -> PolicyDecision:
+        return await self._fetching.check(url)
+
+    async def fetch_url(self, request: FetchRequest) -> FetchResult:
+        return await self._fetching.fetch(request)
 
     # -- capabilities --------------------------------------------------------------------------------------------------
 

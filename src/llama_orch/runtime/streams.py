@@ -87,6 +87,11 @@ class TaskStream:
         for reader in self._readers:
             reader.wake()
 
+    @property
+    def frames(self) -> list[bytes]:
+        """Every frame as it goes over the wire."""
+        return [frame.data for frame in self._frames]
+
     def after(self, number: int) -> list[Frame]:
         """Frames behind the given number, a bounded batch of them."""
         start = bisect_right(self._frames, number, key=lambda frame: frame.number)

@@ -99,7 +99,7 @@ def end_frame(task: Task, outcome: Outcome, pool: Pool) -> EndFrame:
         decode_time_ms=outcome.decode_ms,
         finish_reason=outcome.finish_reason,
         seed=task.seed,
-        model_digest=pool.model_digest or "",
+        model_digest=task.model_digest or "",
         engine=pool.spec.engine,
         engine_version=pool.spec.engine_version,
         sampler_profile_version=task.request.sampler_profile_version or pool.spec.sampler_profile_version,

@@ -11,12 +11,19 @@ from llama_orch.core.scheduler import Scheduler
 from llama_orch.engines.base import Engine
 from llama_orch.observe.journal import Journal
 from llama_orch.observe.metrics import Metrics
+from llama_orch.observe.outbound import OutboundJournal
+from llama_orch.outbound.door import Outbound
+from llama_orch.outbound.plugins import Plugins
+from llama_orch.policy.rules import Rules
+from llama_orch.runtime.archive import Archive
+from llama_orch.runtime.fetching import Fetching
 from llama_orch.runtime.library import Model
 from llama_orch.runtime.on_demand import Look
 from llama_orch.runtime.orchestrator import Orchestrator
 from llama_orch.runtime.plan import Plan
 from llama_orch.runtime.replicas import Replicas
 from llama_orch.runtime.service import LocalService, gauges
+from llama_orch.stores.artifacts import ArtifactStore
 
 
 def wire(
@@ -26,9 +33,12 @@ def wire(
     digest: Callable[[Path], Awaitable[str]],
     clock: Clock,
     look: Look | None = None,
+    artifacts: ArtifactStore | None = None,
+    plugins: Plugins | None = None,
 ) -> tuple[Orchestrator, LocalService]:
     """The orchestrator and what the edge sees of it. `digest` gives a model file's `sha256:…`; `look` finds a model
-    without holding up the event loop (the plan's own library, where that does no harm)."""
+    without holding up the event loop (the plan's own library, where that does no harm). Without `artifacts` none are
+    kept. `plugins` judge outbound requests."""
 
     async def look_here(reference: str) -> Model:
         return plan.builder.library.look(reference)
@@ -42,6 +52,10 @@ def wire(
     )
     sources = list(plan.builder.sources.values())
     metrics = Metrics(lambda: gauges(orchestrator, sources))
+    outbound = Outbound(Rules.of(settings.policy.outbound), OutboundJournal(metrics).decided, plugins=plugins)
     replicas = Replicas(plan.replicas, digest)
-    orchestrator = Orchestrator(scheduler, replicas, plan.builder, look or look_here, Journal(metrics), clock, settings)
-    return orchestrator, LocalService(orchestrator, engines, sources, metrics, settings)
+    archive = Archive(artifacts, keeps_transcripts=settings.tasks.keep_transcripts)
+    orchestrator = Orchestrator(
+        scheduler, replicas, plan.builder, look or look_here, Journal(metrics), clock, settings, archive
+    )
+    return orchestrator, LocalService(orchestrator, engines, sources, metrics, settings, Fetching(outbound))

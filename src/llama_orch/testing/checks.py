@@ -91,6 +91,7 @@ class Checker:
         self._check_leases()
         for pool in self._scheduler.fleet.every_pool():
             self._check_queue(pool)
+            self._check_head(pool)
         self.check_devices()
         for life in self.lives.values():
             if life.at_end is not None:
@@ -247,6 +248,19 @@ class Checker:
         if queued == set(waiting):
             ranks = [self._rank(self._scheduler.tasks[task_id]) for task_id in waiting]
             self.expect(ranks == sorted(ranks), f"the queue of {pool_id} is out of order: {ranks}")
+
+    def _check_head(self, pool: Pool) -> None:
+        """Who is first, strict or not, waits only while no replica can take it, or for a faster one that is busy. Since
+        nobody is overtaken, neither kind keeps the other from its turn."""
+        if (head := pool.queue.head()) is None:
+            return
+        task = self._scheduler.tasks[head]
+        exclusive = task.is_strict and pool.spec.strict_needs_exclusive
+        ready = [r for r in pool.replicas.values() if r.state is ReplicaState.READY and not r.is_closing]
+        ready = [r for r in ready if self._scheduler.fleet.ledger.lost_device(r) is None]
+        able = [replica for replica in ready if replica.can_take(exclusive=exclusive)]
+        is_held_back = any(replica.leases for replica in ready if replica not in able)
+        self.expect(not able or is_held_back, f"{self.name(task)} waits, though {able and able[0].replica_id} is free")
 
     def check_devices(self) -> None:
         """What workers hold is real; what the ledger has given must be at least possible."""

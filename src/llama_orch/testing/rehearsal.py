@@ -24,6 +24,7 @@ from llama_orch.runtime.plan import make_plan
 from llama_orch.runtime.service import LocalService
 from llama_orch.runtime.streams import Reader
 from llama_orch.runtime.wiring import wire
+from llama_orch.stores.artifacts import ArtifactStore
 from llama_orch.testing.builders import DIGEST, a_device
 
 
@@ -61,6 +62,7 @@ async def a_rehearsal(
     cards: Sequence[str] = ("3090",),
     is_loaded: bool = True,
     engine: SimulatedEngine | None = None,
+    artifacts: ArtifactStore | None = None,
 ) -> AsyncIterator[Stage]:
     """The service at work, until the block is left; then every task of it is gone. It begins when every replica is
     ready, or at the start of their loading. `engine` in place of one with the model's figures."""
@@ -69,7 +71,7 @@ async def a_rehearsal(
     engine = SimulatedEngine(model) if engine is None else engine
     sources = sources_for(cards)
     plan = make_plan(settings, {"simulated": engine}, sources)
-    orchestrator, service = wire(settings, {"simulated": engine}, plan, _digest, LoopClock())
+    orchestrator, service = wire(settings, {"simulated": engine}, plan, _digest, LoopClock(), artifacts=artifacts)
     running = asyncio.ensure_future(orchestrator.run())
     try:
         await asyncio.sleep(model.load_s + 0.001 if is_loaded else 0)

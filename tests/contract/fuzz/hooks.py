@@ -21,6 +21,9 @@ from schemathesis import Case, CheckContext, HookContext, Response
 MODELS = json.loads(os.environ["FUZZ_MODELS"])  # the first is the real one
 IDS = json.loads(os.environ["FUZZ_IDS"])  # for paths, by their beginning: what is there, and what is not
 RELOADS = json.loads(os.environ["FUZZ_RELOADS"])  # models for the pool that is drained and reloaded
+ARTIFACT = json.loads(os.environ["FUZZ_ARTIFACT"])  # the content of the artifact that is there
+URLS = json.loads(os.environ["FUZZ_URLS"])  # one that answers with a text, and some that do not
+TO_ELSEWHERE = ("POST /v1/policy/outbound/check", "POST /v1/tools/fetch")
 ACTS_ON_POOLS = ("POST /v1/pools/{id}/drain", "POST /v1/pools/{id}/reload")
 FORMS = (
     *(("completion", form) for form in ("prompt", "inputs", "messages")),
@@ -191,6 +194,14 @@ def before_call(context: HookContext, case: Case, kwargs: dict[str, Any]) -> Non
     elif case.operation.label == "POST /v1/tasks":
         if isinstance(case.body, dict):
             case.body = admissible(case.body, number)
+    elif case.operation.label == "POST /v1/artifacts":
+        if isinstance(case.body, dict):
+            case.body = storable(case.body, number)
+    elif case.operation.label in TO_ELSEWHERE:
+        if isinstance(case.body, dict) and number % 5:  # the fifth keeps what it has, which is hardly ever a URL
+            case.body = case.body | {"url": URLS[number % 5 % len(URLS)]}
+            if number % 3:
+                case.body = {"url": case.body["url"]}
     elif case.operation.label in ACTS_ON_POOLS:
         if number % 4 == 0 and case.meta.phase.name.value != "stateful":
             case.path_parameters = case.path_parameters | {"id": known_and_unknown(case)[1]}
@@ -198,13 +209,14 @@ def before_call(context: HookContext, case: Case, kwargs: dict[str, Any]) -> Non
         case.meta.phase.name.value != "stateful"
         or case.path_parameters["id"] in (None, "None")  # a task without session
     ):
-        known, unknown = known_and_unknown(case)
+        known, unknown, *more = known_and_unknown(case)
+        known = more[number // 3 % len(more)] if more and number % 3 == 0 else known
         case.path_parameters = case.path_parameters | {"id": known if number % 4 else unknown}
 
 
-def known_and_unknown(case: Case) -> tuple[str, str]:
-    known, unknown = next(ids for start, ids in IDS.items() if case.path.startswith(start))
-    return known, unknown
+def known_and_unknown(case: Case) -> list[str]:
+    """What is there, what is not, and perhaps more that is there."""
+    return next(ids for start, ids in IDS.items() if case.path.startswith(start))
 
 
 def lead_to_its_pool(case: Case) -> None:
@@ -274,6 +286,28 @@ def kept(sampling: dict[str, Any], number: int, *, is_real: bool) -> dict[str, A
         choices: tuple[Any, ...] = SCHEMAS if asked[0] == "json_schema" else GRAMMARS
         sampling[asked[0]] = choices[number % len(choices)]
     return sampling
+
+
+def storable(body: dict[str, Any], number: int) -> dict[str, Any]:
+    """The same artifact without what no schema can say: whole numbers of more than 64 bits, a parent that is not there.
+    Now and then the one that is read and deleted comes again, and one of two parents is there."""
+    body = {name: within_64_bits(value) for name, value in body.items()}
+    if number % 3 == 0:
+        body["content"] = ARTIFACT
+    if body.get("parent"):
+        known, unknown = IDS["/v1/artifacts/"]
+        body["parent"] = known if number % 2 else unknown
+    return body
+
+
+def within_64_bits(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: within_64_bits(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [within_64_bits(item) for item in value]
+    if isinstance(value, int) and not isinstance(value, bool):
+        return max(-(2**63), min(2**63 - 1, value))
+    return value
 
 
 # -- the answers -----------------------------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ The exit code is 0 when no request found a defect and the run was as deep as it 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import random
@@ -26,6 +27,7 @@ from typing import Any, NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 
 from tests.live.client import until
+from tests.live.elsewhere import elsewhere
 from tests.live_service import LiveService, live_service
 
 HERE = Path(__file__).resolve().parent
@@ -36,7 +38,12 @@ MODEL = "builtin:tiny"
 TASK_ID = "3f2b8c1e-9d5a-4c57-8a43-0c7d5b1f2e90"
 SESSION_ID = "7a1d0f3c-5b2e-4f6a-8c9d-1e2f3a4b5c6d"
 CHANGING = "changing"
+EMBEDDED_ID, RANKED_ID = "3f2b8c1e-9d5a-4c57-8a43-0c7d5b1f2e91", "3f2b8c1e-9d5a-4c57-8a43-0c7d5b1f2e92"
+ARTIFACT_CONTENT = {"fuzz": "an artifact that exists throughout"}
+ARTIFACT_ID = hashlib.sha256(json.dumps(ARTIFACT_CONTENT, separators=(",", ":")).encode()).hexdigest()
 IDS = {
+    "/v1/artifacts/": [ARTIFACT_ID, "ff" * 32],
+    "/v1/tasks/{id}/stream": [TASK_ID, "ffffffff-ffff-4fff-bfff-ffffffffffff", EMBEDDED_ID, RANKED_ID],
     "/v1/tasks/": [TASK_ID, "ffffffff-ffff-4fff-bfff-ffffffffffff"],
     "/v1/sessions/": [SESSION_ID, "ffffffff-ffff-4fff-bfff-ffffffffffff"],
     "/v1/pools/{id}/drain": [CHANGING, "nowhere"],
@@ -66,7 +73,13 @@ MUST_SEE = {
         *(f"{operation} {status}" for operation in ("getPool", "getPoolHealth") for status in (200, 400, 401, 404)),
         *(f"{operation} {status}" for operation in ("drainPool", "reloadPool") for status in (202, 400, 401, 404, 415)),
         *("drainPool 405", "reloadPool 405", "reloadPool 409"),
+        *(f"createArtifact {status}" for status in (200, 201, 400, 401, 404, 405, 415)),
+        *(f"listArtifacts {status}" for status in (200, 400, 401)),
+        *(f"getArtifact {status}" for status in (200, 401, 404)),
+        *(f"deleteArtifact {status}" for status in (204, 401, 404)),
         *(f"{operation} {status}" for operation in ("getCapabilities", "getMetrics") for status in (200, 401)),
+        *(f"checkOutbound {status}" for status in (200, 400, 401, 405, 415)),
+        *(f"fetchUrl {status}" for status in (200, 400, 401, 403, 405, 415, 502)),
         *(f"getHealthz {status}" for status in (200, 405)),
     ],
     "openai": [
@@ -120,15 +133,16 @@ def main() -> int:
     parser.add_argument("--junit", type=Path, help="a folder for JUnit reports")
     given = parser.parse_args()
     seed = (random.SystemRandom().randrange(2**32) if given.seed is None else given.seed) if given.random else None
-    with tempfile.TemporaryDirectory(prefix="llorch-fuzz-") as folder:
+    with tempfile.TemporaryDirectory(prefix="llorch-fuzz-") as folder, elsewhere() as (there, _):
         files = files_in(Path(folder))
-        with live_service(configuration(files)) as service:
-            submit_and_wait(service)
+        with live_service(configuration(files, there)) as service:
+            submit_and_wait(service, files)
+            store_artifact(service)
             problems = [
                 problem
                 for name in MUST_SEE
                 for problem in fuzz(
-                    service, name, arguments(name, seed, given), files, Path(folder), is_gate=seed is None
+                    service, name, arguments(name, seed, given), files, there, Path(folder), is_gate=seed is None
                 )
             ]
             problems += left_in_service(service, files)
@@ -140,11 +154,13 @@ def main() -> int:
     return 1 if problems else 0
 
 
-def configuration(files: Files) -> dict[str, Any]:
-    """Answers are short where a task does not say how long; the queues of the simulated pools are soon full."""
+def configuration(files: Files, there: str) -> dict[str, Any]:
+    """Answers are short where a task does not say how long; the queues of the simulated pools are soon full. One
+    machine may be called, so that random URLs reach nobody and no name server."""
     simulated = {"engine": "simulated", "slots": 1, "max_tokens": 32}
     return {
         "devices": [{"id": "cpu", "backend": "cpu"}],
+        "policy": {"outbound": {"default": "deny", "allow": [there.removeprefix("http://")]}},
         "sessions": {"max_turns": 1000, "budgets": {"mode": "enforce", "tokens": 10_000_000}},
         "catalog": {"file_roots": [str(files.changed.parent)]},
         "pools": [
@@ -172,9 +188,10 @@ def arguments(name: str, seed: int | None, given: argparse.Namespace) -> list[st
 
 
 def fuzz(
-    service: LiveService, name: str, options: list[str], files: Files, folder: Path, *, is_gate: bool
+    service: LiveService, name: str, options: list[str], files: Files, there: str, folder: Path, *, is_gate: bool
 ) -> Iterator[str]:
-    """One run of `st`, in a folder of its own so that nothing stays behind. Yields problems."""
+    """One run of `st`, in a folder of its own so that nothing stays behind. `there`: a machine to call. Yields
+    problems."""
     seen_path = folder / f"{name}.json"
     environment = os.environ | {
         "FUZZ_SEEN": str(seen_path),
@@ -182,6 +199,8 @@ def fuzz(
         "FUZZ_POOLS": json.dumps(files.pools),
         "FUZZ_RELOADS": json.dumps(files.reloads),
         "FUZZ_IDS": json.dumps(IDS),
+        "FUZZ_ARTIFACT": json.dumps(ARTIFACT_CONTENT),
+        "FUZZ_URLS": json.dumps([f"{there}/text", f"{there}/short", f"{there}/back", "http://127.0.0.2/"]),
         "LLORCH_API_TOKEN": service.token,
         "PYTHONPATH": os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")]),
         "HYPOTHESIS_STORAGE_DIRECTORY": str(folder / "hypothesis"),
@@ -197,9 +216,10 @@ def fuzz(
     yield from (f"{name}: the run never saw: {key}" for key in must_see if not seen[key])
 
 
-def submit_and_wait(service: LiveService) -> None:
-    """A task that exists throughout. That its stream has ended says that the pool is ready."""
-    body = {
+def submit_and_wait(service: LiveService, files: Files) -> None:
+    """Tasks that exist throughout, one of each workload. That their streams have ended says that their pools are
+    ready."""
+    story = {
         "task_id": TASK_ID,
         "model_ref": MODEL,
         "prompt": "Once",
@@ -207,10 +227,21 @@ def submit_and_wait(service: LiveService) -> None:
         "seed": 7,
         "session_id": SESSION_ID,
     }
+    reads = {"model_ref": files.models[1], "inputs": ["a fox", "a red fox", "a dog"]}
+    embedding = {"task_id": EMBEDDED_ID, "workload": "embedding", **reads}
+    ranking = {"task_id": RANKED_ID, "workload": "rerank", **reads}
     headers = service.headers | {"Content-Type": "application/json"}
-    request = urllib.request.Request(f"{service.url}/v1/tasks", json.dumps(body).encode(), headers)
-    urllib.request.urlopen(request, timeout=60).close()
-    assert "event: end" in read(service, f"/v1/tasks/{TASK_ID}/stream")
+    for body in (story, embedding, ranking):
+        request = urllib.request.Request(f"{service.url}/v1/tasks", json.dumps(body).encode(), headers)
+        urllib.request.urlopen(request, timeout=60).close()
+        assert "event: end" in read(service, f"/v1/tasks/{body['task_id']}/stream")
+
+
+def store_artifact(service: LiveService) -> None:
+    """One that is there to be read; who deletes it has it stored anew (see hooks.py)."""
+    body = json.dumps({"kind": "other", "content": ARTIFACT_CONTENT}).encode()
+    headers = service.headers | {"Content-Type": "application/json"}
+    urllib.request.urlopen(urllib.request.Request(f"{service.url}/v1/artifacts", body, headers), timeout=60).close()
 
 
 def left_in_service(service: LiveService, files: Files) -> Iterator[str]:

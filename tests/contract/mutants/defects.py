@@ -6,6 +6,7 @@ for it (`serve.py`, `plugin.py`).
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import random
 import re
@@ -26,7 +27,8 @@ from llama_orch.contract.models import (
     PoolHealth,
     Priority,
 )
-from llama_orch.core import queue, scheduler
+from llama_orch.core import queue, replica, scheduler
+from llama_orch.engines import http_worker
 from llama_orch.errors import AdmissionReject, Conflict, LlorchError, NotFound, Unauthorized
 from llama_orch.observe import metrics
 from llama_orch.runtime import jobs, orchestrator, service, streams, views
@@ -417,11 +419,33 @@ def cancel_does_nothing() -> None:
     orchestrator.Orchestrator.cancel = lambda self, task_id: None
 
 
+@defect(Tests("tests/live/test_cancel.py", "test_by_cancel_while_it_decodes[llamacpp]"))
+def slot_freed_late() -> None:
+    """After a cancel the engine's slot is held for 400 ms longer."""
+    original = http_worker.HttpWorker._cancel
+
+    async def cancel(self: http_worker.HttpWorker, *given: Any) -> None:
+        await original(self, *given)
+        pause = asyncio.get_running_loop().create_future()
+        asyncio.get_running_loop().call_later(0.4, pause.set_result, None)
+        await pause
+
+    http_worker.HttpWorker._cancel = cancel
+
+
 @defect(Tests("tests/live/test_life.py", "test_the_same_seed_gives_the_same_bytes_whatever_else_runs"))
 def seed_not_honoured() -> None:
     """The engine gets a seed of its own each time."""
     original = jobs._job
     jobs._job = lambda *given: dataclasses.replace(original(*given), seed=random.randrange(2**32))
+
+
+@defect(Tests("tests/determinism/test_determinism.py", "test_the_same_under_load[llamacpp]"))
+def strict_shares_its_replica() -> None:
+    """A strict task holds one slot, and others decode beside it."""
+    can_take, take = replica.Replica.can_take, replica.Replica.take
+    replica.Replica.can_take = lambda self, exclusive: can_take(self, exclusive=False)
+    replica.Replica.take = lambda self, task_id, exclusive, slot=None: take(self, task_id, exclusive=False, slot=slot)
 
 
 @defect(Tests("tests/runtime/test_orchestrator.py", "test_the_life_of_a_task"))

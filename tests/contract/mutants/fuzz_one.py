@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[3]))
 from tests import live_service
 from tests.contract.fuzz import run as gate
 from tests.contract.mutants.program import program
+from tests.live.elsewhere import elsewhere
 
 
 def main() -> int:
@@ -22,14 +23,14 @@ def main() -> int:
     if defect:
         live_service.PROGRAM[:] = program(defect[0])
     names = operations.split(",")
-    with tempfile.TemporaryDirectory(prefix="llorch-mutant-") as folder:
+    with tempfile.TemporaryDirectory(prefix="llorch-mutant-") as folder, elsewhere() as (there, _):
         files = gate.files_in(Path(folder))
         options = ["--config-file", str(gate.HERE / "schemathesis.toml"), "--no-color", "run"]
         options += [str(gate.DOCUMENTS / f"{document}.json"), "--phases", phases]
         options += [word for name in names for word in ("--include-operation-id", name)]
-        with live_service.live_service(gate.configuration(files)) as service:
-            gate.submit_and_wait(service)
-            found = list(gate.fuzz(service, document, options, files, Path(folder), is_gate=True))
+        with live_service.live_service(gate.configuration(files, there)) as service:
+            gate.submit_and_wait(service, files)
+            found = list(gate.fuzz(service, document, options, files, there, Path(folder), is_gate=True))
             problems = [*relevant(found, names, phases), *gate.judge(service, must_succeed=0)]
     for problem in problems:
         print(f"problem: {problem}")
