@@ -94,7 +94,7 @@ class Emitter:
         used |= {"format", *STRING_META}
         if schema.get("format") == "uuid":
             return "Uuid"
-        if schema.get("format") not in (None, "date-time"):
+        if schema.get("format") not in (None, "date-time", "path"):  # `path`: with slashes, a matter of the router's
             raise ContractError(f"{name}: string format {schema['format']}")
         meta = {v: schema[k] for k, v in STRING_META.items() if k in schema}
         if meta.get("pattern", "").endswith("$"):  # in Python, but not in JSON Schema, `$` lets a last newline pass

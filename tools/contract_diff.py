@@ -19,7 +19,7 @@ from typing import Any, Literal, NamedTuple
 ROOT = Path(__file__).resolve().parents[1]
 CURRENT = ROOT / "src" / "llama_orch" / "contract" / "documents"
 RELEASED = ROOT / "openapi" / "released"
-DOCUMENTS = ("data", "control")
+DOCUMENTS = ("data", "control", "openai")
 METHODS = ("get", "put", "post", "delete", "patch")
 
 Kind = Literal["breaking", "additive"]
@@ -210,23 +210,29 @@ def verdict(old: Node, new: Node) -> str | None:
     return None if after >= before else f"the version went back from {old['info']['version']}"
 
 
+def released(name: str) -> Node:
+    """The document at the last release; an empty one where it is new since then."""
+    path = RELEASED / f"{name}.json"
+    document: Node = json.loads((path if path.exists() else RELEASED / f"{DOCUMENTS[0]}.json").read_text())
+    return document if path.exists() else {"info": document["info"], "paths": {}}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--release", action="store_true", help="make the present documents the released ones")
     release = parser.parse_args().release
     wrong = False
     for name in DOCUMENTS:
-        source, target = CURRENT / f"{name}.json", RELEASED / f"{name}.json"
-        new = json.loads(source.read_text())
-        old = json.loads(target.read_text()) if target.exists() else None
-        for change in changes(old, new) if old else ():
+        source = CURRENT / f"{name}.json"
+        old, new = released(name), json.loads(source.read_text())
+        for change in changes(old, new):
             print(f"{name}: {change.kind}: {change.where}: {change.what}")
-        problem = verdict(old, new) if old else None if release else f"there is no {target.relative_to(ROOT)}"
+        problem = verdict(old, new)
         if problem:
             print(f"{name}: {problem}", file=sys.stderr)
             wrong = True
         elif release:
-            target.write_text(source.read_text())
+            (RELEASED / source.name).write_text(source.read_text())
     return int(wrong)
 
 

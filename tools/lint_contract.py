@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "codegen"))
 from documents import METHODS, Node, bundle, read_yaml, resolve
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCUMENTS = ("data", "control")
+DOCUMENTS = ("data", "control", "openai")
 CLAUSE = re.compile(r"^\*\*(HP-[A-Z]{3}-\d+)\*\* \(", re.MULTILINE)
 INTEGERS = {"int32": (-(2**31), 2**31 - 1), "int64": (-(2**63), 2**63 - 1)}
 
@@ -92,7 +92,8 @@ def response_problems(document: Node, status: str, response: Node) -> Problems:
     content = response.get("content", {})
     if not status.startswith(("2", "3")):
         schemas = {media_type: media.get("schema") for media_type, media in content.items()}
-        if schemas != {"application/json": {"$ref": "#/components/schemas/Error"}}:
+        envelope = "OpenAiError" if "OpenAiError" in document["components"]["schemas"] else "Error"
+        if schemas != {"application/json": {"$ref": f"#/components/schemas/{envelope}"}}:
             yield "not the error envelope"
     for media_type, media in content.items():
         yield from example_problems(document, media_type, media)

@@ -67,7 +67,13 @@ class QueueFullDropLru(LlorchError):
 
 
 class InvalidParams(LlorchError):
+    """`param` is the field concerned, where it is known; only OpenAI's shape of errors has a place for it."""
+
     code = ErrorCode.INVALID_PARAMS
+
+    def __init__(self, message: str, *, param: str | None = None, **more: Any) -> None:
+        super().__init__(message, **more)
+        self.param = param
 
 
 class Unauthorized(LlorchError):

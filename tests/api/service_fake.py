@@ -8,6 +8,8 @@ import threading
 import uuid
 from dataclasses import dataclass, field
 
+import msgspec
+
 from llama_orch.budgets import NO_BUDGETS, BudgetsLeft
 from llama_orch.contract.models import (
     AdmissionResponse,
@@ -15,9 +17,12 @@ from llama_orch.contract.models import (
     Capabilities,
     Concurrency,
     Device,
+    EndFrame,
     FetchRequest,
     FetchResult,
+    FinishReason,
     FullPolicy,
+    MetricsFrame,
     PolicyDecision,
     Pool,
     PoolHealth,
@@ -30,10 +35,12 @@ from llama_orch.contract.models import (
     Replica,
     ReplicaState,
     SessionInfo,
+    StartedFrame,
     TaskList,
     TaskRequest,
     TaskState,
     TaskStatus,
+    Workload,
 )
 from llama_orch.contract.operations import API_VERSION
 from llama_orch.errors import (
@@ -43,9 +50,12 @@ from llama_orch.errors import (
     NotFound,
     PolicyDenied,
     PoolUnavailable,
+    PoolUnready,
     ReplicaExhausted,
     UpstreamFailed,
+    WorkerReset,
 )
+from llama_orch.runtime.streams import TaskStream
 
 from .artifacts_fake import FakeArtifacts
 from .catalog_fake import FakeCatalog
@@ -62,6 +72,11 @@ UNREADABLE_URL = "no URL"
 BROKEN_URL = "http://broken.example/"
 CROWDED_URL = "http://crowded.example/"
 UNWANTED_MODEL = "builtin:unwanted"  # not now
+UNREADY_MODEL = "builtin:unready"  # refused until its `loads_left` have passed
+FAILING_MODEL = "builtin:failing"  # its tasks lose their worker
+ENDLESS_MODEL = "builtin:endless"
+CROWDED_MODEL = "builtin:crowded"  # no stream can be opened
+WORDS = ("Once", " upon", " a\n\ntime")
 ENDING_TASK = "00000000-0000-4000-8000-00000000e4d0"
 ENDLESS_TASK = "00000000-0000-4000-8000-0000000000aa"
 BREAKING_TASK = "00000000-0000-4000-8000-0000000000bb"
@@ -72,6 +87,53 @@ SPARE_POOL = "spare"  # no task goes there: to be drained and reloaded
 GIB = 2**30
 
 FRAMES = [b'id: %d\nevent: token\ndata: {"t":"a","i":%d}\n\n' % (i, i) for i in range(3)]
+
+
+def metrics(queue_position: int | None) -> MetricsFrame:
+    return MetricsFrame(
+        queue_depth=0,
+        queue_position=queue_position,
+        predicted_start_ms=None,
+        tokens_in=4,
+        tokens_out=3,
+        on_time_probability=None,
+        kv_warmth=False,
+        tokens_budget_remaining=None,
+        time_budget_remaining_ms=None,
+        cost_budget_remaining=None,
+    )
+
+
+def end_frame(**fields: object) -> EndFrame:
+    end = EndFrame(
+        tokens_in=4,
+        tokens_out=3,
+        decode_time_ms=7,
+        finish_reason=FinishReason.STOP,
+        seed=7,
+        model_digest="sha256:" + "1f" * 32,
+        engine="llamacpp",
+        engine_version="1",
+        sampler_profile_version="v1",
+        kv_warmth=False,
+    )
+    return msgspec.structs.replace(end, **fields)
+
+
+def a_stream(request: TaskRequest) -> list[bytes]:
+    """What a task of this request says, batch by batch, but for the last frame of an endless one."""
+    stream = TaskStream(StartedFrame(task_id=request.task_id or "", queue_position=1, predicted_start_ms=420))
+    stream.metrics(metrics(0))
+    for word in WORDS if request.workload is Workload.COMPLETION else ():
+        stream.token(word)
+    stream.metrics(metrics(None))
+    if request.model_ref == FAILING_MODEL:
+        stream.end(WorkerReset("the worker was lost", engine="llamacpp", retry_after_ms=1200).body("cid"))
+    elif request.workload is Workload.EMBEDDING:
+        stream.end(end_frame(embeddings=[[0.6, -0.8] for _ in request.inputs or ()], tokens_out=0))
+    elif request.model_ref != ENDLESS_MODEL:
+        stream.end(end_frame())
+    return [frame.data for frame in stream.after(-1)]
 
 
 class FakeReader:
@@ -131,12 +193,16 @@ class FakeService(FakeArtifacts):
         self.left = NO_BUDGETS
         self.ended_sessions: set[str] = set()
         self.catalog = FakeCatalog()
+        self.loads_left = 0
 
     async def submit(self, request: TaskRequest) -> AdmissionResponse:
         if request.model_ref == FULL_QUEUE:
             raise AdmissionReject("the queue is full", engine="llamacpp", retry_after_ms=1200, policy_label="reject")
         if request.model_ref == CRASHING_MODEL:
             raise RuntimeError(SECRET)
+        if request.model_ref == UNREADY_MODEL and self.loads_left:
+            self.loads_left -= 1
+            raise PoolUnready("the pool is loading its model", engine="llamacpp", retry_after_ms=2500)
         task_id = request.task_id or str(uuid.uuid4())
         self.requests[task_id] = request
         return AdmissionResponse(
@@ -161,6 +227,12 @@ class FakeService(FakeArtifacts):
         endings = {ENDING_TASK: "end", ENDLESS_TASK: "wait", BREAKING_TASK: "break"}
         if task_id == CROWDED_TASK:
             raise ReplicaExhausted("too many streams are open", retry_after_ms=500)
+        if (request := self.requests.get(task_id)) is not None:
+            if request.model_ref == CROWDED_MODEL:
+                raise ReplicaExhausted("too many streams are open", retry_after_ms=500)
+            then = "wait" if request.model_ref == ENDLESS_MODEL else "end"
+            self.readers[task_id] = FakeReader(a_stream(request)[after + 1 :], then=then)
+            return self.readers[task_id]
         if task_id not in endings:
             raise NotFound("no such task")
         self.readers[task_id] = FakeReader(FRAMES[after + 1 :], then=endings[task_id])
@@ -190,7 +262,10 @@ class FakeService(FakeArtifacts):
         self.ended_sessions.add(session_id)
 
     def list_pools(self, *, limit: int, cursor: str | None) -> PoolList:
-        return PoolList(items=[self.get_pool("default")][:limit], next_cursor=None)
+        """Two pages."""
+        if cursor is None:
+            return PoolList(items=[self.get_pool("default")][:limit], next_cursor="1")
+        return PoolList(items=[self.get_pool(SPARE_POOL)], next_cursor=None)
 
     def get_pool(self, pool_id: str) -> Pool:
         pool = self._pool(pool_id)

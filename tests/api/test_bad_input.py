@@ -24,6 +24,9 @@ from llama_orch.contract.models import (
     Error,
     FetchRequest,
     ModelStateRequest,
+    OpenAiChatRequest,
+    OpenAiCompletionRequest,
+    OpenAiEmbeddingRequest,
     OutboundCheck,
     ReloadRequest,
     TaskRequest,
@@ -43,6 +46,7 @@ MODEL = {"id": "bad-input", "source_url": "builtin:tiny"}
 MODEL_STATE = {"state": "Active"}
 ARTIFACT = {"kind": "plan", "content": {"a": 1}}
 URL = {"url": "https://example.com/"}
+CHAT = {"model": "default", "messages": [{"role": "user", "content": "Once"}]}
 GOOD_BODIES = {
     TaskRequest: TASK,
     Artifact: ARTIFACT,
@@ -52,6 +56,9 @@ GOOD_BODIES = {
     ModelStateRequest: MODEL_STATE,
     OutboundCheck: URL,
     FetchRequest: URL,
+    OpenAiChatRequest: CHAT,
+    OpenAiCompletionRequest: {"model": "default", "prompt": "Once"},
+    OpenAiEmbeddingRequest: {"model": "default", "input": ["Once", "Twice"]},
 }
 CID = "test-of-bad-input"
 

@@ -27,7 +27,7 @@ def fetch(server: Server, target: str) -> bytes:
 
 
 @pytest.mark.spec("HP-DIS-2")
-@pytest.mark.parametrize("name", ["data", "control"])
+@pytest.mark.parametrize("name", ["data", "control", "openai"])
 def test_a_document_is_valid_and_versioned(server: Server, name: str) -> None:
     """Each is a valid OpenAPI document, readable without a token, with the API's version."""
     document = json.loads(fetch(server, f"/openapi/{name}.json"))
@@ -37,7 +37,7 @@ def test_a_document_is_valid_and_versioned(server: Server, name: str) -> None:
 
 
 @pytest.mark.spec("HP-ALN-3")
-@pytest.mark.parametrize("name", ["data.json", "control.json", "config.schema.json"])
+@pytest.mark.parametrize("name", ["data.json", "control.json", "openai.json", "config.schema.json"])
 def test_a_document_is_what_openapi_says(server: Server, name: str) -> None:
     """The bytes served are what the generator makes of openapi/ now."""
     sys.path.insert(0, str(ROOT / "codegen"))

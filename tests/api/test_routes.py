@@ -25,7 +25,7 @@ OPEN_PATHS = {operation.path for operation in OPERATIONS.values() if operation.i
 
 
 def a_target(path: str) -> str:
-    known = {"/v1/pools": SPARE_POOL, "/v1/catalog": KNOWN_MODEL}
+    known = {"/v1/pools": SPARE_POOL, "/v1/models": SPARE_POOL, "/v1/catalog": KNOWN_MODEL}
     return path.replace("{id}", next((name for start, name in known.items() if path.startswith(start)), ENDING_TASK))
 
 

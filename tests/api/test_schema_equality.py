@@ -19,6 +19,9 @@ from llama_orch.contract.models import (
     CatalogModelRequest,
     DrainRequest,
     ModelStateRequest,
+    OpenAiChatRequest,
+    OpenAiCompletionRequest,
+    OpenAiEmbeddingRequest,
     ReloadRequest,
     TaskRequest,
 )
@@ -27,7 +30,7 @@ RANGES = {"int32": (-(2**31), 2**31 - 1), "int64": (-(2**63), 2**63 - 1)}
 UUID = "3f2b8c1e-9d5a-4c57-8a43-0c7d5b1f2e90"
 SCHEMAS = {
     name: schema
-    for document in ("data.json", "control.json")
+    for document in ("data.json", "control.json", "openai.json")
     for name, schema in json.loads(document_bytes(document))["components"]["schemas"].items()
 }
 FIELDS = sorted({name for schema in SCHEMAS.values() for name in schema.get("properties", {})})
@@ -116,6 +119,51 @@ MODEL = {
     "signatures": [{"signer": "somebody", "digest": DIGEST, "signature": "c2ln"}],
     "sbom": {"format": "SPDX", "url": "https://example.org/s", "digest": DIGEST, "model_digest": None},
 }
+CHAT = {
+    "model": "default",
+    "messages": [
+        {"role": "developer", "content": [{"type": "text", "text": "Be brief."}]},
+        {"role": "user", "content": "hi", "name": None},
+        {"role": "assistant", "content": "", "refusal": None, "tool_calls": [], "annotations": [{}], "audio": {}},
+    ],
+    "max_completion_tokens": 5,
+    "max_tokens": None,
+    "response_format": {
+        "type": "json_schema",
+        "json_schema": {"name": "x", "description": "y", "schema": {"type": "object"}, "strict": True},
+    },
+    "temperature": 0.5,
+    "top_p": 1,
+    "seed": 7,
+    "stop": ["\n"],
+    "stream": True,
+    "stream_options": {"include_usage": True, "include_obfuscation": False},
+    "user": "me",
+    "n": 1,
+    "store": False,
+    "metadata": {"a": "b"},
+    "logprobs": False,
+    "logit_bias": {"1": 0.5},
+    "frequency_penalty": 0,
+    "tools": [{"type": "function"}],
+    "tool_choice": "none",
+    "function_call": {"name": "x"},
+    "modalities": ["text"],
+    "prediction": {},
+    "service_tier": "auto",
+}
+COMPLETION = {
+    "model": "default",
+    "prompt": ["Once"],
+    "max_tokens": 5,
+    "stop": "x",
+    "best_of": 1,
+    "echo": False,
+    "suffix": "",
+    "logprobs": 0,
+    "stream_options": None,
+}
+EMBEDDING = {"model": "default", "input": ["a", "b"], "encoding_format": "base64", "dimensions": 8, "user": None}
 ARTIFACT = {"kind": "plan", "content": {"a": [1]}, "tags": ["t"], "parent": "x", "metadata": {"m": None}}
 BODIES = [
     Body(TaskRequest, TASK, ("model_ref",), examples=1000),
@@ -124,6 +172,9 @@ BODIES = [
     Body(CatalogModelRequest, MODEL, ("id", "source_url"), examples=500),
     Body(ModelStateRequest, {"state": "Retired", "deadline_ms": 30000}, ("state",), examples=200),
     Body(ReloadRequest, {"new_model_ref": "builtin:tiny"}, ("new_model_ref",), examples=200),
+    Body(OpenAiChatRequest, CHAT, ("model", "messages"), examples=600),
+    Body(OpenAiCompletionRequest, COMPLETION, ("model", "prompt"), examples=200),
+    Body(OpenAiEmbeddingRequest, EMBEDDING, ("model", "input"), examples=200),
 ]
 WRONG = {
     Artifact: [{"kind": "x"}, {"content": []}, {"tags": None}, {"tags": [""]}, {"tags": ["t"] * 65}, {"metadata": 1}],
@@ -131,6 +182,9 @@ WRONG = {
     DrainRequest: [{"deadline_ms": -1}, {"deadline_ms": 604800001}, {"deadline_ms": None}, {"deadline": 1}],
     CatalogModelRequest: [{"id": "a/b"}, {"id": "a\n"}, {"digest": "sha256:"}, {"tags": None}, {"sbom": {}}],
     ModelStateRequest: [{"state": "retired"}, {"state": None}, {"deadline_ms": -1}, {"x": 1}],
+    OpenAiChatRequest: [{"messages": []}, {"seed": -1}, {"stop": [""]}, {"stream": 1}, {"x": 1}, {"user": 1}],
+    OpenAiCompletionRequest: [{"prompt": [1, 2]}, {"prompt": ["a", "b"]}, {"prompt": ""}, {"temperature": 2.5}],
+    OpenAiEmbeddingRequest: [{"input": []}, {"input": [[1]]}, {"encoding_format": "int8"}],
     ReloadRequest: [{"new_model_ref": ""}, {"new_model_ref": "x" * 1025}, {"new_model_ref": 1}, {"model_ref": "x"}],
 }
 

@@ -20,7 +20,6 @@ from pact import Pact, match
 
 CONSUMER = "llama-orch-cli"
 PROVIDER = "llama-orch"
-FILE_NAME = f"{CONSUMER}--{PROVIDER}.json"
 TOKEN = "pact-0123456789abcdef0123456789abcdef"
 CORRELATION_ID = "5f3c9b1e-7d2a-4e86-9c40-1b8f6d3a2e57"
 UUID = "[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}"
@@ -34,8 +33,8 @@ timestamp = match.regex("2026-01-01T12:00:00.000Z", regex=r"\d{4}-\d\d-\d\dT\d\d
 class Exchange:
     """Say what is given, asked and answered; then let the client do it."""
 
-    def __init__(self, description: str) -> None:
-        self._pact = Pact(CONSUMER, PROVIDER).with_specification("V4")
+    def __init__(self, description: str, consumer: str = CONSUMER) -> None:
+        self._pact = Pact(consumer, PROVIDER).with_specification("V4")
         self._interaction: HttpInteraction = self._pact.upon_receiving(description)
         self.waits: list[float] = []  # what the client waited before it asked again, in seconds
 

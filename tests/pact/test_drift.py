@@ -1,4 +1,4 @@
-"""What is committed is what the sources say: our pact, and the states in docs/pacts.md."""
+"""What is committed is what the sources say: our pacts, and the states in docs/pacts.md."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from types import ModuleType
 import pytest
 
 from llama_orch.contract.operations import OPERATIONS
-from tests.pact import test_consumer
+from tests.pact import test_consumer, test_openai_consumer
 from tests.pact.conftest import description_of
-from tests.pact.exchange import CONSUMER, FILE_NAME, PROVIDER, TOKEN
+from tests.pact.exchange import CONSUMER, PROVIDER, TOKEN
 from tests.pact.states import described
 
 pytestmark = pytest.mark.spec("HP-ALN-2")
 
 ROOT = Path(__file__).resolve().parents[2]
-PACT = ROOT / "pacts" / FILE_NAME
 RENEW = "renew it with `python tools/pacts.py --write`"
-DESCRIPTIONS = {description_of(name) for name in vars(test_consumer) if name.startswith("test_")}
+CONSUMERS = {CONSUMER: test_consumer, test_openai_consumer.CONSUMER: test_openai_consumer}
+PACTS = {name: ROOT / "pacts" / f"{name}--{PROVIDER}.json" for name in CONSUMERS}
 
 
 def interactions(pact: Path) -> dict[str, str]:
@@ -30,23 +30,26 @@ def interactions(pact: Path) -> dict[str, str]:
     return {one["description"]: json.dumps(one, indent=1, ensure_ascii=False) for one in found}
 
 
-def test_the_committed_pact_is_what_the_consumer_tests_write(pacts_written: Path) -> None:
+@pytest.mark.parametrize("consumer", CONSUMERS)
+def test_the_committed_pact_is_what_the_consumer_tests_write(pacts_written: Path, consumer: str) -> None:
     """The same bytes where all of them have run; the interactions of those that have, otherwise."""
-    committed = interactions(PACT)
-    assert committed.keys() == DESCRIPTIONS, RENEW
-    written = pacts_written / f"{CONSUMER}-{PROVIDER}.json"
+    committed = interactions(PACTS[consumer])
+    descriptions = {description_of(name) for name in vars(CONSUMERS[consumer]) if name.startswith("test_")}
+    assert committed.keys() == descriptions, RENEW
+    written = pacts_written / f"{consumer}-{PROVIDER}.json"
     if not written.exists():
         return
     now = interactions(written)
     for description, interaction in now.items():
         assert committed[description] == interaction, RENEW
-    if now.keys() == DESCRIPTIONS:
-        assert PACT.read_bytes() == written.read_bytes() + b"\n", RENEW
+    if now.keys() == descriptions:
+        assert PACTS[consumer].read_bytes() == written.read_bytes() + b"\n", RENEW
 
 
 def test_every_operation_has_an_interaction() -> None:
     """A pact that leaves out an operation says nothing of it."""
-    asked = [(one["request"]["method"], one["request"]["path"]) for one in json.loads(PACT.read_text())["interactions"]]
+    found = [one["request"] for pact in PACTS.values() for one in json.loads(pact.read_text())["interactions"]]
+    asked = [(request["method"], request["path"]) for request in found]
     for operation in OPERATIONS.values():
         path = re.compile(re.sub(r"\{\w+\}", "[^/]+", operation.path))
         assert any(method == operation.method and path.fullmatch(where) for method, where in asked), operation

@@ -15,6 +15,8 @@ from llama_orch.api.auth import security_map
 from llama_orch.api.catalog import Catalog
 from llama_orch.api.documents import Documents, merged_document
 from llama_orch.api.edge import Edge
+from llama_orch.api.openai import OpenAi
+from llama_orch.api.openai_run import Waiters
 from llama_orch.api.outbound import Outbound
 from llama_orch.api.pools import Pools
 from llama_orch.api.service import Service
@@ -22,15 +24,19 @@ from llama_orch.api.sessions import Sessions
 from llama_orch.api.system import System
 from llama_orch.api.tasks import Tasks
 from llama_orch.api.validation import DirectApp, RequestCheck, ResponseCheck, StrictRouting
+from llama_orch.clock import SystemClock
 from llama_orch.contract.config import Settings
 from llama_orch.contract.operations import Handlers
 
 
-class Api(Tasks, Sessions, Catalog, Pools, Artifacts, Outbound, System):
+class Api(Tasks, Sessions, Catalog, Pools, Artifacts, Outbound, System, OpenAi):
     """One method per operation of the contract."""
 
-    def __init__(self, service: Service) -> None:
+    def __init__(self, service: Service, max_streams: int) -> None:
         self._service = service
+        self._waiters = Waiters(max_streams)
+        self._clock = SystemClock()
+        self._started_at = int(self._clock.wall())
 
 
 def handler_name(operation_id: str) -> str:
@@ -39,7 +45,7 @@ def handler_name(operation_id: str) -> str:
 
 def build_app(service: Service, *, token: str, settings: Settings, validate_responses: bool = False) -> ASGIApp:
     """`validate_responses` is for tests: an answer that the contract does not allow becomes a 500."""
-    handlers: Handlers = Api(service)
+    handlers: Handlers = Api(service, settings.server.max_streams)
     response_check = [ResponseCheck] if validate_responses else []
     app = DirectApp(
         "llama_orch",

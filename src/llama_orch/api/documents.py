@@ -14,7 +14,7 @@ from swagger_ui_bundle import swagger_ui_path
 from llama_orch.contract.operations import OPERATIONS
 from llama_orch.errors import MethodNotAllowed
 
-NAMES = ("data", "control")
+NAMES = ("data", "control", "openai")
 ASSETS = ("swagger-ui.css", "swagger-ui-bundle.js", "swagger-ui-standalone-preset.js", "favicon-32x32.png")
 TYPES = {"json": "application/json", "js": "text/javascript; charset=utf-8", "css": "text/css", "png": "image/png"}
 TYPES |= {"html": "text/html; charset=utf-8"}

@@ -91,7 +91,7 @@ class Edge:
             if has_started:
                 log.warning("the response broke off [%s]", head.correlation_id)
                 raise  # the server closes the connection: the client sees a truncated body, not a clean end
-            await answer(error, head.correlation_id, stamped)
+            await answer(error, head.correlation_id, scope["path"], stamped)
         finally:
             correlation_id.reset(token)
 

@@ -31,6 +31,15 @@ def body_problem(exc: ValidationError, body_type: Any) -> str:
     return f"body: {_problem(exc, body_type)}"
 
 
+def body_place(exc: ValidationError) -> str | None:
+    """The field that is wrong, such as `messages[1].role`; None where it is the whole body."""
+    match = _parts(str(exc))
+    path = (match[2] or "$").removeprefix("$").removeprefix(".") if match else ""
+    unknown = _unknown_field(match[1]) if match else None
+    names = [path, unknown[1][:NAME_MAX_CHARS]] if unknown else [path]
+    return ".".join(name for name in names if name) or None
+
+
 def parameter_problem(exc: ValidationError, place: str, name: str, value_type: Any) -> str:
     return f"{place} parameter `{name}`: {_problem(exc, value_type)}"
 

@@ -9,7 +9,8 @@ import msgspec
 from starlette.exceptions import HTTPException
 from starlette.types import Send
 
-from llama_orch.contract.operations import ALLOW
+from llama_orch.contract.codes import CODES
+from llama_orch.contract.operations import ALLOW, OPERATIONS
 from llama_orch.errors import (
     Forbidden,
     Internal,
@@ -20,11 +21,20 @@ from llama_orch.errors import (
     Unauthorized,
     UnsupportedMediaType,
 )
+from llama_orch.openai.errors import openai_error
 
 _ALLOW_BY_PATH = [
     (re.compile("/".join("[^/]+" if part.startswith("{") else re.escape(part) for part in path.split("/"))), allow)
     for path, allow in ALLOW.items()
 ]
+
+_OPENAI_PATHS = {operation.path for operation in OPERATIONS.values() if operation.document == "openai"}
+_OPENAI_PREFIXES = tuple(path.partition("{")[0] for path in _OPENAI_PATHS if "{" in path)
+
+
+def is_openai(path: str) -> bool:
+    """Whether the path is one of OpenAI's, whose errors have its shape (HP-OAI-4)."""
+    return path in _OPENAI_PATHS or path.startswith(_OPENAI_PREFIXES)
 
 
 def allow_for(path: str) -> str:
@@ -52,15 +62,20 @@ def refusal(exc: Exception, path: str) -> LlorchError:
     return Internal("an unexpected failure of the service; its log has the cause under this correlation ID")
 
 
-def rendered(error: LlorchError, correlation_id: str) -> tuple[list[tuple[bytes, bytes]], bytes]:
-    """The error's headers and body."""
-    body = msgspec.json.encode(error.body(correlation_id))
-    headers = {"Content-Type": "application/json", "Content-Length": str(len(body)), **error.headers()}
+def rendered(error: LlorchError, correlation_id: str, path: str = "") -> tuple[list[tuple[bytes, bytes]], bytes]:
+    """The error's headers and body, in the shape that the path has; ours before the path is known."""
+    content: msgspec.Struct = error.body(correlation_id)
+    headers = {"Content-Type": "application/json", **error.headers()}
+    if is_openai(path):
+        content = openai_error(error.body(correlation_id), error.param if isinstance(error, InvalidParams) else None)
+        headers["X-Should-Retry"] = "true" if CODES[error.code].is_retryable else "false"
+    body = msgspec.json.encode(content)
+    headers["Content-Length"] = str(len(body))
     return [(name.lower().encode(), value.encode()) for name, value in headers.items()], body
 
 
-async def answer(error: LlorchError, correlation_id: str, send: Send) -> None:
+async def answer(error: LlorchError, correlation_id: str, path: str, send: Send) -> None:
     """Send the error as a whole response."""
-    headers, body = rendered(error, correlation_id)
+    headers, body = rendered(error, correlation_id, path)
     await send({"type": "http.response.start", "status": error.http_status, "headers": headers})
     await send({"type": "http.response.body", "body": body})

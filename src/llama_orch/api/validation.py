@@ -26,7 +26,7 @@ from connexion.operations import AbstractOperation
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from llama_orch.api.answer import Answer
-from llama_orch.api.explain import body_problem, nearest, parameter_problem
+from llama_orch.api.explain import body_place, body_problem, nearest, parameter_problem
 from llama_orch.contract.operations import OPERATIONS, Operation, Parameter
 from llama_orch.errors import InvalidParams, UnsupportedMediaType
 
@@ -42,12 +42,14 @@ class CheckedRequest:
         self._next_app = next_app
         self._path = [p for p in operation.parameters if p.place == "path"]
         self._query = [p for p in operation.parameters if p.place == "query"]
+        self._headers = [(p.name.lower().encode(), p) for p in operation.parameters if p.place == "header"]
         self._body_type = operation.body
         self._decoder = msgspec.json.Decoder(operation.body) if operation.body else None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         arguments = {p.name: converted(p, scope["path_params"][p.name]) for p in self._path}
         arguments |= self._query_arguments(scope["query_string"])
+        arguments |= {argument_name(p): self._header_argument(scope, name, p) for name, p in self._headers}
         if self._decoder:
             require_json(scope["headers"])
             arguments["body"] = self._decoded(await read_body(receive), self._decoder)
@@ -65,13 +67,20 @@ class CheckedRequest:
             given[name] = value
         return {p.name: converted(p, given[p.name]) if p.name in given else p.default for p in self._query}
 
+    @staticmethod
+    def _header_argument(scope: Scope, name: bytes, parameter: Parameter) -> Any:
+        given = [value for header, value in scope["headers"] if header == name]
+        if len(given) > 1:
+            raise InvalidParams(f"header parameter `{parameter.name}`: give it once")
+        return converted(parameter, given[0].decode("latin-1")) if given else parameter.default
+
     def _decoded(self, body: bytes, decoder: msgspec.json.Decoder[Any]) -> Any:
         if not body:
             raise InvalidParams("body: send a JSON object")
         try:
             return decoder.decode(body)
         except msgspec.ValidationError as exc:
-            raise InvalidParams(body_problem(exc, self._body_type)) from None
+            raise InvalidParams(body_problem(exc, self._body_type), param=body_place(exc)) from None
         except msgspec.DecodeError as exc:
             raise InvalidParams(f"body: {exc}") from None
         except UnicodeDecodeError:
@@ -85,6 +94,11 @@ def converted(parameter: Parameter, value: str) -> Any:
         return msgspec.convert(value, parameter.type, strict=False)
     except msgspec.ValidationError as exc:
         raise InvalidParams(parameter_problem(exc, parameter.place, parameter.name, parameter.type)) from None
+
+
+def argument_name(parameter: Parameter) -> str:
+    """Of the handler's keyword: a header's X-Priority is x_priority."""
+    return parameter.name.lower().replace("-", "_")
 
 
 def require_json(headers: Headers) -> None:

@@ -711,4 +711,285 @@ class Healthz(Struct, kw_only=True, frozen=True):
     status: Literal['ok']
 
 
+class OpenAiModel(Struct, kw_only=True, frozen=True):
+    """A name that `model` may be."""
+
+    id: str
+    object: Literal['model']
+    created: Annotated[int, Meta(ge=0, le=9223372036854775807)]  # When the service started, in seconds since 1970.
+    owned_by: str  # The engine.
+
+
+class OpenAiModelList(Struct, kw_only=True, frozen=True):
+    """All names."""
+
+    object: Literal['list']
+    data: list[OpenAiModel]
+
+
+class OpenAiErrorDetail(Struct, kw_only=True, frozen=True):
+    """What went wrong."""
+
+    message: Annotated[str, Meta(min_length=1)]
+    type: Literal['invalid_request_error', 'authentication_error', 'permission_error', 'not_found_error', 'conflict_error', 'rate_limit_error', 'server_error']  # The kind, in OpenAI's words, by the HTTP status.
+    code: ErrorCode
+    param: str | None  # The field concerned, null where it is none or not known.
+
+
+class OpenAiError(Struct, kw_only=True, frozen=True):
+    """The error body of these paths."""
+
+    error: OpenAiErrorDetail
+
+
+class OpenAiRole(StrEnum):
+    """Who says it. `developer` is `system`; `tool` and `function` are refused."""
+
+    SYSTEM = 'system'
+    DEVELOPER = 'developer'
+    USER = 'user'
+    ASSISTANT = 'assistant'
+    TOOL = 'tool'
+    FUNCTION = 'function'
+
+
+class OpenAiTextPart(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
+    """A part of a message. Only text is offered."""
+
+    type: Literal['text']
+    text: Annotated[str, Meta(max_length=4000000)]
+
+
+class OpenAiMessage(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
+    """One turn of a conversation. An answer of ours may be sent back as it came."""
+
+    role: OpenAiRole
+    content: Annotated[list[OpenAiTextPart], Meta(min_length=1, max_length=1024)] | Annotated[str, Meta(max_length=4000000)]  # The text, or its parts, which are joined with a line break.
+    name: str | None = None  # Refused.
+    refusal: str | None = None  # Refused.
+    tool_call_id: str | None = None  # Refused.
+    tool_calls: list[dict[str, Any]] | None = None  # Refused unless it is empty.
+    function_call: dict[str, Any] | None = None  # Refused.
+    audio: dict[str, Any] | None = None  # Refused.
+    annotations: list[dict[str, Any]] | None = None  # Refused unless it is empty.
+
+
+class OpenAiJsonSchema(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
+    """The form of the answer. It is always kept, `strict` or not; what cannot be kept of a schema is refused by name."""
+
+    name: Annotated[str, Meta(min_length=1, max_length=64)]  # Without effect.
+    description: str | None = None  # Without effect.
+    schema: dict[str, Any]
+    strict: bool | None = None  # Without effect, since the schema is always kept.
+
+
+class OpenAiResponseFormat(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
+    """The form of the answer. `json_object` is a schema that takes any object."""
+
+    type: Literal['text', 'json_object', 'json_schema']
+    json_schema: OpenAiJsonSchema | None = None
+
+
+class OpenAiStreamOptions(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
+    """Only with `stream`."""
+
+    include_usage: bool | None = None  # A last chunk tells the usage.
+    include_obfuscation: bool | None = None  # Refused unless it is false.
+
+
+class OpenAiChatRequest(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
+    """What to say to whom. Fields described as refused are there to be told by name; with the values that are described as taken they change nothing."""
+
+    model: Annotated[str, Meta(min_length=1, max_length=1024)]  # A pool's ID or a model reference, as `GET /v1/models` lists them.
+    messages: Annotated[list[OpenAiMessage], Meta(min_length=1, max_length=1024)]
+    max_completion_tokens: Annotated[int, Meta(ge=1, le=2147483647)] | None = None  # The pool's default when absent.
+    max_tokens: Annotated[int, Meta(ge=1, le=2147483647)] | None = None  # The older name of it.
+    response_format: OpenAiResponseFormat | None = None
+    temperature: Annotated[float, Meta(ge=0, le=2)] | None = None  # That of the pool's sampler profile when absent.
+    top_p: Annotated[float, Meta(ge=0, le=1)] | None = None  # Likewise.
+    seed: Annotated[int, Meta(ge=0, le=9223372036854775807)] | None = None  # Chosen by the service when absent.
+    stop: Annotated[list[Annotated[str, Meta(min_length=1, max_length=256)]], Meta(max_length=16)] | Annotated[str, Meta(min_length=1, max_length=256)] | None = None  # Texts that end the answer; they are not part of it.
+    stream: bool | None = None  # Chunks as they come.
+    stream_options: OpenAiStreamOptions | None = None
+    user: str | None = None  # The task's session where it is a UUID, else without effect.
+    n: Annotated[int, Meta(ge=-2147483648, le=2147483647)] | None = None  # Refused unless it is 1.
+    store: bool | None = None  # Refused unless it is false.
+    metadata: dict[str, str] | None = None  # Refused unless it is empty.
+    logprobs: bool | None = None  # Refused unless it is false.
+    top_logprobs: Annotated[int, Meta(ge=-2147483648, le=2147483647)] | None = None  # Refused.
+    logit_bias: dict[str, float] | None = None  # Refused unless it is empty.
+    frequency_penalty: float | None = None  # Refused unless it is 0.
+    presence_penalty: float | None = None  # Refused unless it is 0.
+    tools: list[dict[str, Any]] | None = None  # Refused unless it is empty.
+    tool_choice: dict[str, Any] | str | None = None  # Refused unless it is `none`.
+    parallel_tool_calls: bool | None = None  # Without effect, since there are no tools.
+    functions: list[dict[str, Any]] | None = None  # Refused unless it is empty.
+    function_call: dict[str, Any] | str | None = None  # Refused unless it is `none`.
+    modalities: list[str] | None = None  # Refused unless it is `["text"]`.
+    audio: dict[str, Any] | None = None  # Refused.
+    prediction: dict[str, Any] | None = None  # Refused.
+    reasoning_effort: str | None = None  # Refused.
+    verbosity: str | None = None  # Refused.
+    web_search_options: dict[str, Any] | None = None  # Refused.
+    service_tier: str | None = None  # Refused unless it is `auto` or `default`: there is one tier, and X-Priority.
+    safety_identifier: str | None = None  # Without effect.
+    prompt_cache_key: str | None = None  # Without effect; a session keeps its context warm.
+
+
+class OpenAiAnswerMessage(Struct, kw_only=True, frozen=True):
+    """The answer."""
+
+    role: Literal['assistant']
+    content: str
+    refusal: str | None  # Always null.
+
+
+class OpenAiFinish(StrEnum):
+    """Why the answer ended; null before its end."""
+
+    STOP = 'stop'
+    LENGTH = 'length'
+
+
+class OpenAiChatChoice(Struct, kw_only=True, frozen=True):
+    """The one choice."""
+
+    index: Annotated[int, Meta(ge=0, le=2147483647)]
+    message: OpenAiAnswerMessage
+    logprobs: dict[str, Any] | None  # Always null.
+    finish_reason: OpenAiFinish | None
+
+
+class OpenAiUsage(Struct, kw_only=True, frozen=True):
+    """Tokens."""
+
+    prompt_tokens: Annotated[int, Meta(ge=0, le=9223372036854775807)]
+    completion_tokens: Annotated[int, Meta(ge=0, le=9223372036854775807)]
+    total_tokens: Annotated[int, Meta(ge=0, le=9223372036854775807)]
+
+
+class OpenAiChatCompletion(Struct, kw_only=True, frozen=True):
+    """The whole answer of a chat."""
+
+    id: str  # `chatcmpl-` and the task's ID.
+    object: Literal['chat.completion']
+    created: Annotated[int, Meta(ge=0, le=9223372036854775807)]  # Of the task, in seconds since 1970.
+    model: str  # As it was asked for.
+    choices: list[OpenAiChatChoice]
+    usage: OpenAiUsage | None
+    system_fingerprint: str  # Engine, its version, and the beginning of the model's digest: with the same one, and under `strict`, a seed repeats the answer.
+
+
+class OpenAiStreamEvent(Struct, kw_only=True, frozen=True):
+    """One message of the stream. `data` is a chunk, `{"error":…}` as the last one of an answer that failed, or `[DONE]` as the last one of an answer that is whole."""
+
+    data: Annotated[str, Meta(min_length=1)]
+
+
+class OpenAiCompletionRequest(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
+    """The text that is to go on. Fields described as refused are as with chats."""
+
+    model: Annotated[str, Meta(min_length=1, max_length=1024)]  # A pool's ID or a model reference, as `GET /v1/models` lists them.
+    prompt: Annotated[list[Annotated[str, Meta(min_length=1, max_length=4000000)]], Meta(min_length=1, max_length=1)] | Annotated[str, Meta(min_length=1, max_length=4000000)]  # One text. Tokens, and several texts at once, are not offered.
+    max_tokens: Annotated[int, Meta(ge=1, le=2147483647)] | None = None  # The pool's default when absent.
+    temperature: Annotated[float, Meta(ge=0, le=2)] | None = None  # That of the pool's sampler profile when absent.
+    top_p: Annotated[float, Meta(ge=0, le=1)] | None = None  # Likewise.
+    seed: Annotated[int, Meta(ge=0, le=9223372036854775807)] | None = None  # Chosen by the service when absent.
+    stop: Annotated[list[Annotated[str, Meta(min_length=1, max_length=256)]], Meta(max_length=16)] | Annotated[str, Meta(min_length=1, max_length=256)] | None = None  # Texts that end the answer; they are not part of it.
+    stream: bool | None = None  # Chunks as they come.
+    stream_options: OpenAiStreamOptions | None = None
+    user: str | None = None  # The task's session where it is a UUID, else without effect.
+    n: Annotated[int, Meta(ge=-2147483648, le=2147483647)] | None = None  # Refused unless it is 1.
+    best_of: Annotated[int, Meta(ge=-2147483648, le=2147483647)] | None = None  # Refused unless it is 1.
+    echo: bool | None = None  # Refused unless it is false.
+    suffix: str | None = None  # Refused unless it is empty.
+    logprobs: Annotated[int, Meta(ge=-2147483648, le=2147483647)] | None = None  # Refused.
+    logit_bias: dict[str, float] | None = None  # Refused unless it is empty.
+    frequency_penalty: float | None = None  # Refused unless it is 0.
+    presence_penalty: float | None = None  # Refused unless it is 0.
+
+
+class OpenAiTextChoice(Struct, kw_only=True, frozen=True):
+    """The one choice."""
+
+    index: Annotated[int, Meta(ge=0, le=2147483647)]
+    text: str
+    logprobs: dict[str, Any] | None  # Always null.
+    finish_reason: OpenAiFinish | None
+
+
+class OpenAiCompletion(Struct, kw_only=True, frozen=True):
+    """The whole answer of a completion, or one `data:` line of its stream."""
+
+    id: str  # `cmpl-` and the task's ID.
+    object: Literal['text_completion']
+    created: Annotated[int, Meta(ge=0, le=9223372036854775807)]
+    model: str
+    choices: list[OpenAiTextChoice]
+    usage: OpenAiUsage | None = None
+    system_fingerprint: str | UnsetType = UNSET
+
+
+class OpenAiEmbeddingRequest(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
+    """The texts that are to become vectors."""
+
+    model: Annotated[str, Meta(min_length=1, max_length=1024)]  # A pool's ID or a model reference, as `GET /v1/models` lists them.
+    input: Annotated[list[Annotated[str, Meta(min_length=1, max_length=4000000)]], Meta(min_length=1, max_length=256)] | Annotated[str, Meta(min_length=1, max_length=4000000)]  # One text, or several. Tokens are not offered.
+    encoding_format: Literal['float', 'base64'] | None = None  # `float` when absent; `base64` is of 32-bit floats, the lowest byte first.
+    dimensions: Annotated[int, Meta(ge=-2147483648, le=2147483647)] | None = None  # Refused: a vector has as many as the model gives.
+    user: str | None = None  # The task's session where it is a UUID, else without effect.
+
+
+class OpenAiEmbedding(Struct, kw_only=True, frozen=True):
+    """One vector."""
+
+    object: Literal['embedding']
+    index: Annotated[int, Meta(ge=0, le=2147483647)]
+    embedding: list[float] | str  # Numbers, or base64 where that was asked for.
+
+
+class OpenAiEmbeddingUsage(Struct, kw_only=True, frozen=True):
+    """Tokens."""
+
+    prompt_tokens: Annotated[int, Meta(ge=0, le=9223372036854775807)]
+    total_tokens: Annotated[int, Meta(ge=0, le=9223372036854775807)]
+
+
+class OpenAiEmbeddingList(Struct, kw_only=True, frozen=True):
+    """The vectors, in the order of the texts."""
+
+    object: Literal['list']
+    model: str
+    data: list[OpenAiEmbedding]
+    usage: OpenAiEmbeddingUsage
+
+
+class OpenAiDelta(Struct, kw_only=True, frozen=True):
+    """What comes to the answer; the role in the first chunk alone."""
+
+    role: Literal['assistant'] | UnsetType = UNSET
+    content: str | UnsetType = UNSET
+
+
+class OpenAiChatChunkChoice(Struct, kw_only=True, frozen=True):
+    """The one choice."""
+
+    index: Annotated[int, Meta(ge=0, le=2147483647)]
+    delta: OpenAiDelta
+    logprobs: dict[str, Any] | None  # Always null.
+    finish_reason: OpenAiFinish | None
+
+
+class OpenAiChatChunk(Struct, kw_only=True, frozen=True):
+    """One `data:` line of a chat's stream."""
+
+    id: str
+    object: Literal['chat.completion.chunk']
+    created: Annotated[int, Meta(ge=0, le=9223372036854775807)]
+    model: str
+    choices: list[OpenAiChatChunkChoice]  # None in the chunk that tells the usage.
+    usage: OpenAiUsage | None = None
+    system_fingerprint: str | UnsetType = UNSET  # In the chunk that ends the answer.
+
+
 FRAMES: dict[str, type[Struct]] = {'started': StartedFrame, 'token': TokenFrame, 'metrics': MetricsFrame, 'end': EndFrame, 'error': Error}

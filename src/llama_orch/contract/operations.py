@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, NamedTuple, Protocol
 
 from msgspec import Meta
 
-from .models import Artifact, ArtifactKind, CatalogModelRequest, DrainRequest, FetchRequest, ModelStateRequest, OutboundCheck, ReloadRequest, TaskRequest, TaskState, Uuid
+from .models import Artifact, ArtifactKind, CatalogModelRequest, Determinism, DrainRequest, FetchRequest, ModelStateRequest, OpenAiChatRequest, OpenAiCompletionRequest, OpenAiEmbeddingRequest, OutboundCheck, Priority, ReloadRequest, TaskRequest, TaskState, Uuid
 
 API_VERSION = '2.3.0'
 
@@ -87,6 +87,31 @@ OPERATIONS: dict[str, Operation] = {
         (),
         (200, 201, 400, 401, 403, 404, 413, 415, 507), is_open=False,
     ),
+    'listOpenAiModels': Operation(
+        'listOpenAiModels', 'openai', 'GET', '/v1/models', None,
+        (),
+        (200, 400, 401, 403), is_open=False,
+    ),
+    'createCompletion': Operation(
+        'createCompletion', 'openai', 'POST', '/v1/completions', OpenAiCompletionRequest,
+        (
+            Parameter('X-Priority', 'header', Priority, False, None),
+            Parameter('X-Session-Id', 'header', Uuid, False, None),
+            Parameter('X-Deadline-Ms', 'header', Annotated[int, Meta(ge=1, le=31536000000)], False, None),
+            Parameter('X-Determinism', 'header', Determinism, False, None),
+        ),
+        (200, 400, 401, 403, 404, 409, 413, 415, 429, 503, 504), is_open=False,
+    ),
+    'createEmbedding': Operation(
+        'createEmbedding', 'openai', 'POST', '/v1/embeddings', OpenAiEmbeddingRequest,
+        (
+            Parameter('X-Priority', 'header', Priority, False, None),
+            Parameter('X-Session-Id', 'header', Uuid, False, None),
+            Parameter('X-Deadline-Ms', 'header', Annotated[int, Meta(ge=1, le=31536000000)], False, None),
+            Parameter('X-Determinism', 'header', Determinism, False, None),
+        ),
+        (200, 400, 401, 403, 404, 409, 413, 415, 429, 503, 504), is_open=False,
+    ),
     'listCatalogModels': Operation(
         'listCatalogModels', 'control', 'GET', '/v1/catalog/models', None,
         (
@@ -104,6 +129,16 @@ OPERATIONS: dict[str, Operation] = {
         'fetchUrl', 'control', 'POST', '/v1/tools/fetch', FetchRequest,
         (),
         (200, 400, 401, 403, 413, 415, 502, 503), is_open=False,
+    ),
+    'createChatCompletion': Operation(
+        'createChatCompletion', 'openai', 'POST', '/v1/chat/completions', OpenAiChatRequest,
+        (
+            Parameter('X-Priority', 'header', Priority, False, None),
+            Parameter('X-Session-Id', 'header', Uuid, False, None),
+            Parameter('X-Deadline-Ms', 'header', Annotated[int, Meta(ge=1, le=31536000000)], False, None),
+            Parameter('X-Determinism', 'header', Determinism, False, None),
+        ),
+        (200, 400, 401, 403, 404, 409, 413, 415, 429, 503, 504), is_open=False,
     ),
     'checkOutbound': Operation(
         'checkOutbound', 'control', 'POST', '/v1/policy/outbound/check', OutboundCheck,
@@ -194,6 +229,13 @@ OPERATIONS: dict[str, Operation] = {
         ),
         (204, 400, 401, 403, 404, 507), is_open=False,
     ),
+    'getOpenAiModel': Operation(
+        'getOpenAiModel', 'openai', 'GET', '/v1/models/{id}', None,
+        (
+            Parameter('id', 'path', Annotated[str, Meta(min_length=1, max_length=1024)], True, None),
+        ),
+        (200, 400, 401, 403, 404), is_open=False,
+    ),
     'streamTask': Operation(
         'streamTask', 'data', 'GET', '/v1/tasks/{id}/stream', None,
         (
@@ -238,8 +280,12 @@ ALLOW: dict[str, str] = {
     '/v1/capabilities': 'GET, HEAD',
     '/v1/pools': 'GET, HEAD',
     '/v1/artifacts': 'GET, HEAD, POST',
+    '/v1/models': 'GET, HEAD',
+    '/v1/completions': 'POST',
+    '/v1/embeddings': 'POST',
     '/v1/catalog/models': 'GET, HEAD, POST',
     '/v1/tools/fetch': 'POST',
+    '/v1/chat/completions': 'POST',
     '/v1/policy/outbound/check': 'POST',
     '/v1/catalog/models/{id}': 'DELETE, GET, HEAD',
     '/v1/catalog/models/{id}/verify': 'POST',
@@ -249,6 +295,7 @@ ALLOW: dict[str, str] = {
     '/v1/sessions/{id}': 'DELETE, GET, HEAD',
     '/v1/pools/{id}': 'GET, HEAD',
     '/v1/artifacts/{id}': 'DELETE, GET, HEAD',
+    '/v1/models/{id}': 'GET, HEAD',
     '/v1/tasks/{id}/stream': 'GET, HEAD',
     '/v1/tasks/{id}/cancel': 'POST',
     '/v1/pools/{id}/health': 'GET, HEAD',
@@ -268,9 +315,13 @@ class Handlers(Protocol):
     async def list_pools(self, *, limit: Annotated[int, Meta(ge=1, le=200)], cursor: Annotated[str, Meta(min_length=1, max_length=200)] | None) -> Any: ...  # GET /v1/pools
     async def list_artifacts(self, *, kind: ArtifactKind | None, tag: Annotated[str, Meta(min_length=1, max_length=128)] | None, parent: Annotated[str, Meta(min_length=1, max_length=128)] | None, limit: Annotated[int, Meta(ge=1, le=200)], cursor: Annotated[str, Meta(min_length=1, max_length=200)] | None) -> Any: ...  # GET /v1/artifacts
     async def create_artifact(self, *, body: Artifact) -> Any: ...  # POST /v1/artifacts
+    async def list_open_ai_models(self) -> Any: ...  # GET /v1/models
+    async def create_completion(self, *, body: OpenAiCompletionRequest, x_priority: Priority | None, x_session_id: Uuid | None, x_deadline_ms: Annotated[int, Meta(ge=1, le=31536000000)] | None, x_determinism: Determinism | None) -> Any: ...  # POST /v1/completions
+    async def create_embedding(self, *, body: OpenAiEmbeddingRequest, x_priority: Priority | None, x_session_id: Uuid | None, x_deadline_ms: Annotated[int, Meta(ge=1, le=31536000000)] | None, x_determinism: Determinism | None) -> Any: ...  # POST /v1/embeddings
     async def list_catalog_models(self, *, limit: Annotated[int, Meta(ge=1, le=200)], cursor: Annotated[str, Meta(min_length=1, max_length=200)] | None) -> Any: ...  # GET /v1/catalog/models
     async def create_catalog_model(self, *, body: CatalogModelRequest) -> Any: ...  # POST /v1/catalog/models
     async def fetch_url(self, *, body: FetchRequest) -> Any: ...  # POST /v1/tools/fetch
+    async def create_chat_completion(self, *, body: OpenAiChatRequest, x_priority: Priority | None, x_session_id: Uuid | None, x_deadline_ms: Annotated[int, Meta(ge=1, le=31536000000)] | None, x_determinism: Determinism | None) -> Any: ...  # POST /v1/chat/completions
     async def check_outbound(self, *, body: OutboundCheck) -> Any: ...  # POST /v1/policy/outbound/check
     async def get_catalog_model(self, *, id: Annotated[str, Meta(min_length=1, max_length=64)]) -> Any: ...  # GET /v1/catalog/models/{id}
     async def delete_catalog_model(self, *, id: Annotated[str, Meta(min_length=1, max_length=64)]) -> Any: ...  # DELETE /v1/catalog/models/{id}
@@ -284,6 +335,7 @@ class Handlers(Protocol):
     async def get_pool(self, *, id: Annotated[str, Meta(min_length=1, max_length=64)]) -> Any: ...  # GET /v1/pools/{id}
     async def get_artifact(self, *, id: Annotated[str, Meta(min_length=1, max_length=128)]) -> Any: ...  # GET /v1/artifacts/{id}
     async def delete_artifact(self, *, id: Annotated[str, Meta(min_length=1, max_length=128)]) -> Any: ...  # DELETE /v1/artifacts/{id}
+    async def get_open_ai_model(self, *, id: Annotated[str, Meta(min_length=1, max_length=1024)]) -> Any: ...  # GET /v1/models/{id}
     async def stream_task(self, *, id: Uuid) -> Any: ...  # GET /v1/tasks/{id}/stream
     async def cancel_task(self, *, id: Uuid) -> Any: ...  # POST /v1/tasks/{id}/cancel
     async def get_pool_health(self, *, id: Annotated[str, Meta(min_length=1, max_length=64)]) -> Any: ...  # GET /v1/pools/{id}/health

@@ -13,6 +13,7 @@ import os
 import re
 from collections import Counter
 from typing import Any
+from urllib.parse import urlsplit
 
 import schemathesis
 from schemathesis import Case, CheckContext, HookContext, Response
@@ -35,7 +36,11 @@ SCHEMAS = ({"type": "boolean"}, {"enum": ["a", 1, None]}, {"type": "object", "re
 GRAMMARS = ('root ::= "yes" | "no"', "root ::= [a-z ]{1,40} [.]")
 MAX_TOKENS = 16
 MAX_INPUTS = 3
+MAX_MESSAGES = 8
 CTX = 2048
+POOLS = json.loads(os.environ["FUZZ_POOLS"])  # of those models, for OpenAI's paths
+OPENAI = ("/v1/models", "/v1/chat/completions", "/v1/completions", "/v1/embeddings")
+CHATS = ("OpenAiChatRequest", "OpenAiCompletionRequest")
 TERMINAL = ("end", "error")
 HOSTILE = ("two words", "a\ttab", "x" * 129, "na\u00efve")  # no correlation ID may be one of these
 
@@ -66,6 +71,10 @@ def before_load_schema(context: HookContext, raw_schema: dict[str, Any]) -> None
         schemas["CatalogModelRequest"]["properties"]["source_url"] = {"type": "string", "enum": [SOURCE]}
     if "TaskRequest" in schemas:
         schemas["TaskRequest"] = narrowed(schemas["TaskRequest"], schemas)
+    for name in (*CHATS, "OpenAiEmbeddingRequest"):
+        if name in schemas:
+            names = [*MODELS, *POOLS] if name in CHATS else [*MODELS[1:], *POOLS[1:]]  # llama.cpp's does not embed
+            schemas[name] = offered(schemas[name], schemas, names)
     for item in raw_schema["paths"].values():
         for operation in item.values():
             if "x-sse-events" in operation:
@@ -116,6 +125,32 @@ def narrowed(request: dict[str, Any], schemas: dict[str, Any]) -> dict[str, Any]
     return {"oneOf": [_one_form(request, properties, workload, form) for workload, form in FORMS]}
 
 
+def offered(request: dict[str, Any], schemas: dict[str, Any], models: list[str]) -> dict[str, Any]:
+    """A request of OpenAI's API as it is taken: what the document describes as refused is absent or null."""
+    properties = {name: _taken(schema) for name, schema in request["properties"].items()}
+    properties["model"] = {"type": "string", "enum": models}
+    for text in ("prompt", "input"):
+        if text in properties:
+            listed = properties[text]["oneOf"][0]
+            limits = {"items": {"type": "string", "minLength": 1}, "maxItems": min(listed["maxItems"], MAX_INPUTS)}
+            properties[text] = {"oneOf": [listed | limits, {"type": "string", "minLength": 1}]}
+    if "messages" in properties:
+        message = schemas["OpenAiMessage"]
+        message["properties"] = {name: _taken(schema) for name, schema in message["properties"].items()}
+        message["properties"]["role"] = {"type": "string", "enum": ["system", "developer", "user", "assistant"]}
+        message["properties"]["content"]["oneOf"][1].pop("maxLength", None)
+        schemas["OpenAiTextPart"]["properties"]["text"].pop("maxLength", None)
+    if "stream_options" in properties:
+        options = schemas["OpenAiStreamOptions"]["properties"]
+        options["include_obfuscation"] = _taken(options["include_obfuscation"])
+    return request | {"properties": properties}
+
+
+def _taken(schema: dict[str, Any]) -> dict[str, Any]:
+    is_refused = schema.get("description", "").startswith("Refused")
+    return {"type": "string", "nullable": True, "enum": [None]} if is_refused else schema
+
+
 def _one_form(request: dict[str, Any], properties: dict[str, Any], workload: str, form: str) -> dict[str, Any]:
     """A task of this workload with its texts in this form, and nothing that has no sense for it."""
     absent = {"type": "string", "nullable": True, "enum": [None]}
@@ -155,7 +190,12 @@ def before_call(context: HookContext, case: Case, kwargs: dict[str, Any]) -> Non
     number = _count[case.operation.label]
     if number % 3 == 0:  # the schema takes any text; so does the service, and puts an ID of its own in its place
         case.headers["X-Correlation-Id"] = HOSTILE[number // 3 % len(HOSTILE)]
-    if case.operation.label == "POST /v1/tasks":
+    if case.path in OPENAI[1:]:
+        if isinstance(case.body, dict):
+            case.body = offerable(case.body, number)
+        if "X-Deadline-Ms" in case.headers and number % 7:  # most of them can be met
+            case.headers["X-Deadline-Ms"] = "31536000000"
+    elif case.operation.label == "POST /v1/tasks":
         if isinstance(case.body, dict):
             case.body = admissible(case.body, number)
     elif case.operation.label == "POST /v1/catalog/models":
@@ -226,6 +266,28 @@ def admissible(body: dict[str, Any], number: int) -> dict[str, Any]:
     return body
 
 
+def offerable(body: dict[str, Any], number: int) -> dict[str, Any]:
+    """The same for OpenAI's paths: short answers, what contradicts itself put right, and now and then a full queue."""
+    body = dict(body)
+    if "input" in body:
+        return body
+    for name in ("max_tokens", "max_completion_tokens"):
+        body.pop(name, None)
+    body["max_tokens"] = number % MAX_TOKENS + 1
+    body["stream"] = number % 3 == 0
+    if not body["stream"]:
+        body.pop("stream_options", None)
+    if isinstance(body.get("messages"), list) and body["messages"]:
+        *before, last = body["messages"][-MAX_MESSAGES:]
+        body["messages"] = [*before, last | {"role": "user"}]
+    body["model"] = (POOLS, MODELS)[number % 2][0 if number % 5 else 1 + number // 5 % (len(MODELS) - 1)]
+    form = body.pop("response_format", None)
+    if form and body["model"] in (POOLS[0], MODELS[0]):
+        schema = {"name": "x", "schema": SCHEMAS[number % len(SCHEMAS)]}
+        body["response_format"] = ({"type": "json_schema", "json_schema": schema}, {"type": "json_object"})[number % 2]
+    return body
+
+
 def kept(sampling: dict[str, Any], number: int, *, is_real: bool) -> dict[str, Any]:
     """With at most one of schema and grammar, and that one of ours; simulated engines follow none."""
     asked = [name for name in ("json_schema", "grammar") if sampling.get(name) is not None]
@@ -287,6 +349,9 @@ def error_envelope(ctx: CheckContext, response: Response, case: Case) -> None:
     if response.request.method != "HEAD":
         assert headers.get("content-type") == ["application/json"], f"Content-Type: {headers.get('content-type')}"
         body = response.json()
+        if is_openai(response):
+            openai_envelope(body, headers)
+            return
         seen[f"code {body.get('code')}"] += 1
         allowed = {"code", "message", "engine", "correlation_id", "retriable"}
         assert allowed <= set(body), f"the envelope lacks {sorted(allowed - set(body))}"
@@ -305,6 +370,40 @@ def error_envelope(ctx: CheckContext, response: Response, case: Case) -> None:
         assert "www-authenticate" in headers, "401 without WWW-Authenticate"
     if response.status_code == 405:
         assert "allow" in headers, "405 without Allow"
+
+
+def is_openai(response: Response) -> bool:
+    path = urlsplit(response.request.url).path
+    return path in OPENAI or path.startswith("/v1/models/")
+
+
+def openai_envelope(body: dict[str, Any], headers: Any) -> None:
+    """OpenAI's shape on its paths, and the waits in the headers alone."""
+    assert list(body) == ["error"], f"not OpenAI's envelope: {sorted(body)}"
+    assert set(body["error"]) == {"message", "type", "code", "param"}, f"its fields: {sorted(body['error'])}"
+    seen[f"code {body['error']['code']}"] += 1
+    assert headers.get("x-should-retry") in (["true"], ["false"]), f"X-Should-Retry: {headers.get('x-should-retry')}"
+    if headers.get("x-should-retry") == ["true"]:
+        seconds = -(-int(headers["x-backoff-ms"][0]) // 1000)
+        assert headers.get("retry-after") == [str(seconds)], "Retry-After is not X-Backoff-Ms in seconds"
+
+
+@schemathesis.check
+def chunks_in_order(ctx: CheckContext, response: Response, case: Case) -> None:
+    """A stream of OpenAI's has chunks of one answer, then [DONE], or an error as the last and no [DONE]."""
+    media_type = (response.headers.get("content-type") or [""])[0]
+    if not is_openai(response) or not media_type.startswith("text/event-stream"):
+        return
+    messages = [one for one in response.text.split("\n\n") if one and not one.startswith(":")]
+    *data, last = [message.removeprefix("data: ") for message in messages]
+    assert len({json.loads(one)["id"] for one in data}) <= 1, "chunks of several answers"
+    seen["chunks"] += len(data)
+    if last == "[DONE]":
+        seen["whole stream"] += 1
+        reasons = [choice["finish_reason"] for one in data for choice in json.loads(one)["choices"]]
+        assert [reason for reason in reasons if reason] == reasons[-1:], f"finish reasons: {reasons}"
+    else:
+        assert set(json.loads(last)["error"]) == {"message", "type", "code", "param"}, last
 
 
 @schemathesis.check

@@ -51,6 +51,7 @@ IDS = {
     "/v1/pools/{id}/drain": [CHANGING, "nowhere"],
     "/v1/pools/{id}/reload": [CHANGING, "nowhere"],
     "/v1/pools/": ["default", "nowhere"],
+    "/v1/models/": [MODEL, "no/where"],
 }
 
 # What a run must have seen, or it has tested less than it seems to: operation and status, error codes, frames. A random
@@ -91,6 +92,15 @@ MUST_SEE = {
         *(f"fetchUrl {status}" for status in (200, 400, 401, 403, 405, 415, 502)),
         *(f"getHealthz {status}" for status in (200, 405)),
     ],
+    "openai": [
+        "hostile correlation-ID",
+        *(f"listOpenAiModels {status}" for status in (200, 401)),
+        *(f"getOpenAiModel {status}" for status in (200, 401, 404)),
+        *(f"createChatCompletion {status}" for status in (200, 400, 401, 405, 415)),
+        *(f"createCompletion {status}" for status in (200, 400, 401, 405, 415)),
+        *(f"createEmbedding {status}" for status in (200, 400, 401)),
+        *("createChatCompletion 429", "createCompletion 429", "chunks", "whole stream"),
+    ],
 }
 MUST_SUCCEED = 50  # tasks, on the real engine; a random run may have little time
 
@@ -110,6 +120,11 @@ class Files(NamedTuple):
         return [MODEL, f"file:{self.short}", f"file:{self.dropping}"]
 
     @property
+    def pools(self) -> list[str]:
+        """That serve them."""
+        return ["default", "short", "dropping"]
+
+    @property
     def reloads(self) -> list[str]:
         return [f"file:{self.changing}", f"file:{self.changed}"]
 
@@ -126,7 +141,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--random", action="store_true", help="other requests on every run")
     parser.add_argument("--seed", type=int, help="of a random run, to repeat it")
-    parser.add_argument("--max-time", type=int, default=300, help="seconds of a random run, the two documents together")
+    parser.add_argument("--max-time", type=int, default=300, help="seconds of a random run, all documents together")
     parser.add_argument("--junit", type=Path, help="a folder for JUnit reports")
     given = parser.parse_args()
     seed = (random.SystemRandom().randrange(2**32) if given.seed is None else given.seed) if given.random else None
@@ -177,7 +192,7 @@ def configuration(files: Files, there: str) -> dict[str, Any]:
 
 def arguments(name: str, seed: int | None, given: argparse.Namespace) -> list[str]:
     config = "schemathesis.toml" if seed is None else "schemathesis-random.toml"
-    more = [] if seed is None else ["--seed", str(seed), "--max-time", str(max(1, given.max_time // 2))]
+    more = [] if seed is None else ["--seed", str(seed), "--max-time", str(max(1, given.max_time // len(MUST_SEE)))]
     if given.junit:
         given.junit.mkdir(parents=True, exist_ok=True)
         more += ["--report", "junit", "--report-junit-path", str(given.junit.resolve() / f"fuzz-{name}.xml")]
@@ -195,6 +210,7 @@ def fuzz(
         "FUZZ_SEEN": str(seen_path),
         "FUZZ_MODELS": json.dumps(files.models),
         "FUZZ_SOURCE": f"file:{files.entered}",
+        "FUZZ_POOLS": json.dumps(files.pools),
         "FUZZ_RELOADS": json.dumps(files.reloads),
         "FUZZ_IDS": json.dumps(IDS),
         "FUZZ_ARTIFACT": json.dumps(ARTIFACT_CONTENT),
@@ -210,7 +226,7 @@ def fuzz(
     seen = Counter(json.loads(seen_path.read_text())) if seen_path.exists() else Counter()
     print(f"{name}: {sum(n for key, n in seen.items() if key[-1].isdigit())} answers;", end=" ")
     print(", ".join(f"{key} {count}" for key, count in sorted(seen.items())))
-    must_see = [key for key in MUST_SEE[name] if is_gate or key.startswith("frame ") or key.split()[1].startswith("2")]
+    must_see = [key for key in MUST_SEE[name] if is_gate or key.startswith("frame ") or key.split()[-1].startswith("2")]
     yield from (f"{name}: the run never saw: {key}" for key in must_see if not seen[key])
 
 
