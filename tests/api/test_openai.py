@@ -156,7 +156,8 @@ def test_our_headers_reach_the_task(own: Server, path: str) -> None:
     answer = ask(own, path, headers)
     request = request_of(own, answer)
     assert (request.priority, request.session_id) == (Priority.BATCH, SESSION_ID)
-    assert (request.deadline_ms, request.determinism) == (90000, Determinism.BEST_EFFORT)
+    assert request.determinism is Determinism.BEST_EFFORT
+    assert 80_000 < (request.deadline_ms or 0) <= 90_000  # what has passed already is off it
     assert answer.headers["X-Budget-Tokens-Remaining"] == "1200"
     assert answer.headers["X-Budget-Cost-Remaining"] == "0.5"
     assert own.service.budgets_left(None) == NO_BUDGETS

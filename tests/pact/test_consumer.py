@@ -1063,6 +1063,19 @@ def test_a_model_whose_file_is_here_need_not_be_fetched(exchange: Exchange) -> N
         assert client.fetch_model("story").state is FetchState.DONE
 
 
+def test_a_fetch_is_looked_on_at(exchange: Exchange) -> None:
+    """An event with the state as it is; the stream ends when nothing is under way."""
+    exchange.given("a model in the catalog", model_id="story")
+    exchange.asks("GET", "/v1/catalog/models/story/fetch")
+    event = 'id: 0\nevent: progress\ndata: {"state":"done","received_bytes":7,"total_bytes":7,"error":null}\n\n'
+    pattern = (
+        r'id: 0\nevent: progress\ndata: \{"state":"done","received_bytes":\d+,"total_bytes":\d+,"error":null\}\n\n'
+    )
+    exchange.gets_text("text/event-stream", event, pattern)
+    with exchange.plain_client() as client:
+        assert client.get("/v1/catalog/models/story/fetch").text == event
+
+
 def test_a_model_that_a_pool_serves_cannot_be_deleted(exchange: Exchange) -> None:
     """409."""
     exchange.given("a model in the catalog", model_id="story")

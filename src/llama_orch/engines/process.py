@@ -28,7 +28,7 @@ from llama_orch.engines.worker_log import WorkerLog
 STALL_TIMEOUT_S = 120.0
 _TERM_WAIT_S = 2.0
 _KILL_WAIT_S = 10.0  # a process in an uninterruptible driver call can outlast any signal
-_PIPES_WAIT_S = 0.5  # the last words of a dead process; a grandchild may hold the pipes open for longer
+_PIPES_WAIT_S = 2.0  # the last words of a dead process; a grandchild may hold the pipes open for longer
 _READY_LINE_BYTES_MAX = 1 << 16
 _POLL_S = 0.01
 
