@@ -1049,7 +1049,7 @@ def test_a_retired_model_takes_no_new_tasks(exchange: Exchange) -> None:
     """409 MODEL_DEPRECATED, also by the name that its pool has for it."""
     exchange.given("a retired model", model_id="story")
     exchange.asks("POST", "/v1/tasks", body=TASK)
-    exchange.gets(409, error("MODEL_DEPRECATED"))
+    exchange.gets(409, error("MODEL_DEPRECATED", engine=match.str("llamacpp")))
     with exchange.client() as client:
         assert refusal(client).error.code is ErrorCode.MODEL_DEPRECATED
 
