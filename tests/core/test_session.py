@@ -139,6 +139,21 @@ def test_a_session_that_is_deleted_while_it_runs_is_erased_afterwards() -> None:
 
 
 @pytest.mark.spec("HP-SES-1")
+def test_a_session_is_erased_beside_a_strict_task_that_has_all_slots() -> None:
+    """It decodes on one of them only; the one that it decodes on has nothing of the session any more."""
+    scheduler = a_scheduler()
+    turn(scheduler, "t1", 1.0)
+    submit(scheduler, "strict", now=2.0)
+    task = scheduler.tasks["strict"]
+    assert task.lease is not None
+    assert (task.lease.slots[0], sorted(task.lease.slots)) == (1, [0, 1, 2, 3])
+    scheduler.take_effects()
+    scheduler.book.delete("s")
+    assert evictions(scheduler) == [Evict("default-0", 0)]
+    assert task.state is TaskState.RUNNING
+
+
+@pytest.mark.spec("HP-SES-1")
 def test_a_task_of_a_deleted_session_settles_nothing_of_the_next_one() -> None:
     """The id was begun anew meanwhile."""
     scheduler = a_scheduler(sessions=with_budgets(tokens=1000))

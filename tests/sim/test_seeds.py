@@ -18,7 +18,7 @@ import pytest
 from llama_orch.testing.simulator import simulate
 from llama_orch.testing.world import a_world
 
-SEEDS = 1200
+SEEDS = 2000
 PARTS = 20
 KEPT = [
     (int(line.split(maxsplit=1)[0]), line.split(maxsplit=1)[1])

@@ -35,7 +35,8 @@ class Ended:
 
 @dataclass(frozen=True, slots=True)
 class Evict:
-    """Have the engine forget the KV that this idle slot holds. A Start on the slot that comes later waits for it."""
+    """Have the engine forget the KV that this slot holds, on which nobody decodes. A Start on the slot that comes later
+    waits for it."""
 
     replica_id: str
     slot: int

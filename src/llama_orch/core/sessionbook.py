@@ -122,8 +122,11 @@ class SessionBook:
         return warmth
 
     def _erase(self, replica: Replica, slot: int) -> bool:
-        """Have the engine forget what an idle slot holds. A busy one is seen to when its task lets go of it."""
-        if replica.state is not ReplicaState.READY or slot in replica.leases or slot >= replica.slots:
+        """Have the engine forget what a slot holds on which nobody decodes: a strict task has the others of its replica
+        as well, and leaves them as they are. One that is decoded on is seen to when its task lets go of it."""
+        holder = self._tasks.get(replica.leases.get(slot, ""))
+        is_decoded_on = holder is not None and holder.lease is not None and holder.lease.slots[0] == slot
+        if replica.state is not ReplicaState.READY or is_decoded_on or slot >= replica.slots:
             return False
         replica.slot_used_s.pop(slot, None)
         self._emit(Evict(replica.replica_id, slot))
