@@ -80,7 +80,7 @@ class TaskRequest(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True)
     ctx: Annotated[int, Meta(ge=1, le=2147483647)] | None = None  # Context in tokens that must be available.
     priority: Priority = Priority.INTERACTIVE
     seed: Annotated[int, Meta(ge=0, le=9223372036854775807)] | None = None  # Chosen by the service and reported when absent.
-    determinism: Determinism = Determinism.STRICT
+    determinism: Determinism | UnsetType = UNSET
     sampler_profile_version: Annotated[str, Meta(min_length=1, max_length=64)] | None = None  # The pool's when absent.
     sampling: Sampling | UnsetType = UNSET
     prompt: Annotated[str, Meta(min_length=1, max_length=4000000)] | None = None  # Raw text, given to the model as it is. Not for workload `rerank`.

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from msgspec import UNSET
 
-from llama_orch.contract.models import Sampling, TaskRequest, Workload
+from llama_orch.contract.models import Determinism, Sampling, TaskRequest, Workload
 from llama_orch.core.gbnf import GrammarError, check_grammar
 from llama_orch.core.json_schema import json_schema_to_gbnf
 from llama_orch.core.pool import Pool, PoolSpec
@@ -80,9 +80,17 @@ def incapacity(spec: PoolSpec, request: TaskRequest) -> str | None:
     if request.sampling is not UNSET:
         names = ("min_p", "json_schema", "grammar")  # each a feature of that name
         asked += [(f"sampling.{name}", name) for name in names if getattr(request.sampling, name) is not None]
-    for field, feature in asked:
-        if feature not in spec.features:
-            return f"pool {spec.pool_id} ({spec.engine}) does not offer `{field}`; leave it out"
+    lacking = [field for field, feature in asked if feature not in spec.features]
+    if request.sampling is not UNSET:
+        own = request.sampling
+        lacking += [f"sampling.{name}" for name in spec.sampling_lacks if getattr(own, name) is not None]
+    if lacking:
+        return f"pool {spec.pool_id} ({spec.engine}) does not offer `{lacking[0]}`; leave it out"
+    if request.determinism is Determinism.STRICT and not spec.can_be_strict:
+        return (
+            f"pool {spec.pool_id} ({spec.engine}) does not offer `determinism` strict: nobody here knows what else its "
+            "server runs; leave it out, or ask for best_effort"
+        )
     return None
 
 

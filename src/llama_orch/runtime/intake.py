@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 from msgspec import UNSET
 
-from llama_orch.contract.models import TaskRequest
+from llama_orch.contract.models import ChatMessage, TaskRequest
 from llama_orch.core import admission, refusals
 from llama_orch.core.pool import Pool
 from llama_orch.core.prediction import Predictor
@@ -119,8 +119,12 @@ async def render(worker: Worker, request: TaskRequest) -> Sequence[str]:
     """The request's prompts; a conversation goes through the model's own template."""
     if request.messages is None:
         return raw_prompts(request)
-    messages = [{"role": message.role.value, "content": message.content} for message in request.messages]
-    return [await worker.render_chat(messages)]
+    return [await worker.render_chat(plain(request.messages))]
+
+
+def plain(messages: Sequence[ChatMessage]) -> list[dict[str, str]]:
+    """The conversation as engines are given it."""
+    return [{"role": message.role.value, "content": message.content} for message in messages]
 
 
 def raw_prompts(request: TaskRequest) -> Sequence[str]:

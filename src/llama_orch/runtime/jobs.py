@@ -13,6 +13,7 @@ from llama_orch.contract.models import FinishReason, KvHint, TaskRequest, Worklo
 from llama_orch.core import admission
 from llama_orch.core.task import Outcome, Task
 from llama_orch.engines.base import Chunk, Completion, Job, KvReuse, Reading, ReadJob, Sampling, Worker
+from llama_orch.runtime import intake
 from llama_orch.runtime.streams import TaskStream
 
 # Task.inputs run one after the other; each but the first gets a seed of its own, so that equal inputs may differ.
@@ -46,6 +47,7 @@ def sampling_of(request: TaskRequest, profile: SamplerProfileSettings, grammar: 
         repeat_penalty=chosen("repeat_penalty"),
         stop=() if own is UNSET or own.stop is None else tuple(own.stop),
         grammar=grammar,
+        json_schema=None if own is UNSET else own.json_schema,
     )
 
 
@@ -111,6 +113,7 @@ def _job(task: Task, prompt: str, number: int, given: Assignment) -> Job:
         slot=_slot(task),
         kv_reuse=kv_reuse(task),
         idle_timeout_s=given.idle_timeout_s,
+        messages=() if task.request.messages is None else tuple(intake.plain(task.request.messages)),
     )
 
 
