@@ -34,7 +34,8 @@ class PoolSpec:
     kv_bytes_per_token: int = 0
     aliases: tuple[str, ...] = ()  # other references that lead to the same file
     can_be_strict: bool = True  # else a task that asks for `strict` is refused
-    sampling_lacks: tuple[str, ...] = ()  # fields of `sampling` that its engine cannot be given
+    is_known: bool = True  # false while a server elsewhere has not said yet what it does
+    lacks: tuple[str, ...] = ()  # fields that its engine cannot be given
 
     @property
     def speed_key(self) -> tuple[str, str]:

@@ -105,7 +105,7 @@ class Offer:
     workloads: tuple[str, ...]
     features: tuple[str, ...] = ()
     reads_whole_ctx: bool = False  # a text to read may fill the context; else one token has to stay free
-    lacks: tuple[str, ...] = ()  # of top_k, repeat_penalty: what a task may not ask for
+    lacks: tuple[str, ...] = ()  # of kv_hint, sampling.top_k, sampling.repeat_penalty: what a task may not ask for
 
 
 @dataclass(frozen=True, slots=True)

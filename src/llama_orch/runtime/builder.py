@@ -229,7 +229,8 @@ class Builder:
             strict_needs_exclusive=traits.strict_needs_exclusive,
             reads_whole_ctx=offer.reads_whole_ctx,
             can_be_strict=traits.can_be_strict,
-            sampling_lacks=offer.lacks,
+            is_known=not traits.is_remote,
+            lacks=offer.lacks,
             keep_alive_s=None if keep_ms is None else keep_ms / 1000,
             is_on_demand=is_on_demand,
             kv_bytes_per_token=draft.model.kv_bytes_per_token(settings.ctx),
@@ -269,14 +270,15 @@ def offer_for(engine: Engine, model: Model) -> Offer:
 
 def spec_as_found(spec: PoolSpec, facts: WorkerFacts) -> PoolSpec:
     """With what a server elsewhere turned out to have."""
-    offer = facts.offer or Offer(spec.workloads, spec.features, lacks=spec.sampling_lacks)
+    offer = facts.offer or Offer(spec.workloads, spec.features, lacks=spec.lacks)
     return replace(
         spec,
         slots=facts.slots,
         ctx=facts.ctx,
         workloads=offer.workloads,
         features=offer.features,
-        sampling_lacks=offer.lacks,
+        is_known=True,
+        lacks=offer.lacks,
     )
 
 

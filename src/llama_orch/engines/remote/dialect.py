@@ -45,15 +45,15 @@ def kind_of(owned_by: str) -> Kind:
 def offer_of(workload: str, kind: Kind, json_schema: bool | None) -> Offer:
     """What may be asked of a server of this kind. `json_schema`: what the configuration says of it."""
     if workload == "embedding":
-        return Offer(("embedding",))
+        return Offer(("embedding",), lacks=("kv_hint",))
     features = ["chat"]
     if kind.is_known if json_schema is None else json_schema:
         features.append("json_schema")
     if kind is Kind.LLAMACPP:
         features.append("grammar")
     if kind.is_known:
-        return Offer(("completion",), (*features, "min_p"))
-    return Offer(("completion",), tuple(features), lacks=("top_k", "repeat_penalty"))
+        return Offer(("completion",), (*features, "min_p"), lacks=("kv_hint",))
+    return Offer(("completion",), tuple(features), lacks=("kv_hint", "sampling.top_k", "sampling.repeat_penalty"))
 
 
 # -- what is sent ------------------------------------------------------------------------------------------------------
