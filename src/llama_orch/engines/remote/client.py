@@ -80,15 +80,27 @@ class RemoteClient:
     async def events(self, path: str, body: bytes, *, tokens_max: int, idle_s: float) -> AsyncGenerator[Event, None]:
         """A stream's events, up to its end. Raises Busy, Broke, JobRefused, WorkerLost, and RunStalled when no event
         came for `idle_s`, whatever else did."""
+        began = asyncio.get_running_loop().time()
         bytes_max = STREAM_BYTES_BASE + STREAM_BYTES_PER_TOKEN * tokens_max
         limits = Limits(bytes_max, None, idle_s=idle_s, connect_s=self._connect_s, answer_s=idle_s)
+        try:
+            async with aclosing(self._events(path, body, limits)) as events:
+                async for event in events:
+                    yield event
+                    began = asyncio.get_running_loop().time()
+        except Broke as error:
+            if asyncio.get_running_loop().time() - began >= idle_s:  # too late to try again
+                raise RunStalled(str(error)) from error
+            raise
+
+    async def _events(self, path: str, body: bytes, limits: Limits) -> AsyncGenerator[Event, None]:
         async with self._open("POST", self.base_url + path, body, limits) as reply:
             if reply.http_status != 200:
                 raise await self._failure(reply)
             kind = reply.headers.get("content-type", "").partition(";")[0].strip().lower()
             if kind != "text/event-stream":
                 raise Broke(f"{self.name} does not stream: its answer is of type {self.said(kind)[:60] or 'none'}")
-            async with aclosing(self._timed(reply, idle_s)) as events:
+            async with aclosing(self._timed(reply, limits.idle_s)) as events:
                 async for event in events:
                     yield event
 
