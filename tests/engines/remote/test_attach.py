@@ -121,7 +121,7 @@ def test_a_server_that_dribbles_is_not_waited_for() -> None:
     async def main() -> None:
         async with an_upstream(usual(models=dribble)) as upstream:
             worker = await an_engine(upstream, connect_timeout_ms=200).launch(a_remote_spec())
-            with pytest.raises(LoadFailed, match="took longer than 0.2 s"):
+            with pytest.raises(LoadFailed, match="took longer than"):
                 await worker.ready()
 
     run(main())

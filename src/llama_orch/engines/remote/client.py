@@ -116,17 +116,14 @@ class RemoteClient:
             except TimeoutError as error:
                 raise RunStalled(f"{self.name} sent no token for {idle_s:g} s") from error
             has_event = False
-            for event in self._cut(lines, chunk):
-                has_event = True
-                yield event
+            try:
+                for event in lines.feed(chunk):
+                    has_event = True
+                    yield event
+            except Nonsense as error:
+                raise Broke(f"{self.name} sent {error}") from error
             if has_event:  # time in which nobody reads is not the server's
                 deadline = loop.time() + idle_s
-
-    def _cut(self, lines: Lines, chunk: bytes) -> list[Event]:
-        try:
-            return list(lines.feed(chunk))
-        except Nonsense as error:
-            raise Broke(f"{self.name} sent {error}") from error
 
     @asynccontextmanager
     async def _open(
