@@ -233,10 +233,10 @@ def test_a_server_without_health_is_asked_for_its_models() -> None:
     """One that is busy is well."""
 
     async def main() -> None:
-        answers = {**usual(models=[models(), fails(429), b"", b""]), "/health": [fails(404)]}
+        answers = {**usual(models=[models(), fails(429), fails(503), b"", b""]), "/health": [fails(404)]}
         async with attached(answers, health_interval_ms=100) as (worker, upstream):
             assert "server box is away" in await worker.lost()
-            assert len(upstream.asked("/v1/models")) == 4
+            assert len(upstream.asked("/v1/models")) == 5
 
     run(main())
 

@@ -17,6 +17,7 @@ SLOTS_GUESS = 8
 CTX_GUESS = 4096
 _SLOTS_MAX, _CTX_MAX = 1024, 1 << 24  # as the configuration has them
 _SHOWN_MAX = 8
+_HEALTH_PATHS = ("/health", "/-/healthz")  # of most servers, and of Ray Serve's proxy
 
 
 class _Meta(msgspec.Struct):
@@ -67,7 +68,7 @@ async def discover(client: RemoteClient, server: OpenaiServerSettings, model: st
         listed = await _listed(client, model, limit_s)
         kind = kind_of(listed.owned_by or "")
         props = await _props_of(client, limit_s) if kind is Kind.LLAMACPP else _Props()
-        healthy, _ = await client.ask("GET", f"{client.root_url}/health", limit_s=limit_s)
+        health_url = await _health_url(client, limit_s)
     except Nonsense as error:
         raise LoadFailed(f"{client.name} sent {error}") from error
     except (Broke, WorkerLost) as error:
@@ -83,7 +84,7 @@ async def discover(client: RemoteClient, server: OpenaiServerSettings, model: st
         or _within(trained, _CTX_MAX)
         or CTX_GUESS,
         offer=dialect.offer_of(server.workload, kind, server.json_schema),
-        health_url=f"{client.root_url}/health" if healthy == 200 else f"{client.base_url}/models",
+        health_url=health_url,
     )
 
 
@@ -97,6 +98,15 @@ async def _listed(client: RemoteClient, model: str, limit_s: float) -> _Model:
             return one
     names = ", ".join(client.said(one.id) for one in models[:_SHOWN_MAX]) or "none"
     raise Broke(f"{client.name} has no model {model!r}; it has: {names}" + (", …" if len(models) > _SHOWN_MAX else ""))
+
+
+async def _health_url(client: RemoteClient, limit_s: float) -> str:
+    """Where it tells how it is, if it does; else its models."""
+    for path in _HEALTH_PATHS:
+        status, _ = await client.ask("GET", client.root_url + path, limit_s=limit_s)
+        if status == 200:
+            return client.root_url + path
+    return f"{client.base_url}/models"
 
 
 async def _props_of(client: RemoteClient, limit_s: float) -> _Props:

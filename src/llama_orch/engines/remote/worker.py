@@ -108,7 +108,12 @@ class RemoteWorker:
             status, _ = await self._client.ask("GET", url, limit_s=self._look_s)
         except (Broke, WorkerLost) as error:
             return str(error)
-        return "" if status in (200, 204, 429) else f"{self._client.name} answers {status} when it is asked how it is"
+        is_busy = status == 429 or (status == 503 and url.endswith("/models"))
+        return (
+            ""
+            if is_busy or status in (200, 204)
+            else f"{self._client.name} answers {status} when it is asked how it is"
+        )
 
     async def stop(self, grace_s: float) -> None:
         """Nothing of it is here."""
