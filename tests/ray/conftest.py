@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -95,13 +97,13 @@ def listens(port: int) -> bool:
 def serve_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Two replicas behind Serve's proxy; its root URL."""
     folder = tmp_path_factory.mktemp("ray")
-    home = Path(f"/tmp/llorch-ray-{os.getpid()}")  # Ray's sockets have long names
-    home.mkdir(mode=0o700)
+    home = Path(tempfile.mkdtemp(prefix="llorch-ray-"))  # short: Ray's sockets have long names
     env = {**os.environ, **LOOPBACK_ONLY, "HOME": str(home), "PYTHONPATH": f"{EXAMPLE}:{LOOPBACK}"}
     gcs = free_port()
     head = ["start", "--head", "--block", "--node-ip-address=127.0.0.1", f"--port={gcs}", "--include-dashboard=false"]
     size = ["--num-cpus=2", "--object-store-memory=80000000", "--disable-usage-stats", f"--temp-dir={home}/r"]
     with ExitStack() as stack:
+        stack.callback(shutil.rmtree, home, ignore_errors=True)
         log = folder / "ray.log"
         ray = stack.enter_context(program("ray", *head, *size, env=env, log=log))
         wait_for(ray, log, lambda: listens(gcs))
