@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from llama_orch.contract.config import EnginesSettings, OpenaiServerSettings, OpenaiSettings, PoolSettings, Settings
+from llama_orch.clock import SystemClock
+from llama_orch.contract.config import (
+    CatalogSettings,
+    EnginesSettings,
+    OpenaiServerSettings,
+    OpenaiSettings,
+    PoolSettings,
+    Settings,
+    TrustPolicySettings,
+)
 from llama_orch.contract.models import ReplicaState
 from llama_orch.engines.base import Offer, WorkerFacts
 from llama_orch.engines.remote.engine import RemoteEngine
@@ -15,6 +26,7 @@ from llama_orch.models.references import ModelNotFound
 from llama_orch.runtime.builder import spec_as_found
 from llama_orch.runtime.library import FileLibrary, RemoteLibrary
 from llama_orch.runtime.plan import PlanError, make_plan
+from llama_orch.runtime.wiring import wire
 from llama_orch.testing.rehearsal import sources_for
 
 FAR = PoolSettings(id="far", engine="openai", model="openai:box/org/m")
@@ -24,8 +36,12 @@ def a_server(**fields: Any) -> OpenaiServerSettings:
     return OpenaiServerSettings(name="box", base_url="http://127.0.0.1:1/v1", **fields)
 
 
+def settings_of(server: OpenaiServerSettings, *pools: PoolSettings, **more: Any) -> Settings:
+    return Settings(engines=EnginesSettings(openai=OpenaiSettings(servers=[server])), pools=list(pools), **more)
+
+
 def plan_of(server: OpenaiServerSettings, *pools: PoolSettings) -> Any:
-    settings = Settings(engines=EnginesSettings(openai=OpenaiSettings(servers=[server])), pools=list(pools))
+    settings = settings_of(server, *pools)
     engines = {"openai": RemoteEngine([server]), "simulated": SimulatedEngine()}
     library = RemoteLibrary([server], FileLibrary())
     return make_plan(settings, engines, sources_for(("3090", "3060")), library)
@@ -63,3 +79,24 @@ def test_files_and_servers_are_not_mistaken_for_one_another() -> None:
         plan_of(a_server(), PoolSettings(engine="openai"))
     with pytest.raises(ModelNotFound, match=r"`engines.openai.servers` has no 'nobody'; known: box"):
         RemoteLibrary([a_server()], FileLibrary()).look("openai:nobody/m")
+
+
+@pytest.mark.spec("HP-REM-1", "HP-CTL-4")
+@pytest.mark.parametrize(("mode", "is_barred"), [("strict", True), ("permissive", False)])
+def test_a_strict_trust_policy_bars_what_cannot_be_verified(mode: Any, is_barred: bool) -> None:
+    """The server is not even asked: the replica is not attached."""
+    settings = settings_of(a_server(), FAR, catalog=CatalogSettings(trust_policy=TrustPolicySettings(mode=mode)))
+
+    async def main() -> None:
+        plan = plan_of(a_server(), FAR)
+
+        async def digest(path: Path) -> str:
+            return "sha256:"
+
+        orchestrator, _ = wire(settings, plan.builder.engines, plan, digest, SystemClock())
+        orchestrator.bars.begin()
+        pool = orchestrator.scheduler.pools["far"]
+        assert (pool.bar is not None) is is_barred
+        assert (pool.replicas["far-0"].state is ReplicaState.UNLOADED) is is_barred
+
+    asyncio.run(main())

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from llama_orch.engines.base import JobRefused, RunLost, RunStalled, WorkerLost
+from llama_orch.engines.base import JobRefused, ReadJob, RunLost, RunStalled, WorkerLost
 from llama_orch.engines.remote.client import retry_after_s
 from llama_orch.engines.remote.worker import RETRY_PAUSES_S
 from tests.engines.remote.support import KEY, a_key_file, attached
@@ -147,6 +147,20 @@ def test_what_comes_without_a_token_is_no_sign_of_life(first: bytes, part: bytes
             with pytest.raises(RunStalled):
                 await collect(worker, a_job(idle_timeout_s=0.2))
             assert len(upstream.asked(PATH)) == 1
+
+    run(main())
+
+
+@pytest.mark.spec("HP-REM-4")
+def test_a_text_that_is_not_read_in_time() -> None:
+    async def silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, heard: Any) -> None:
+        await reader.read(1)
+
+    async def main() -> None:
+        async with attached(usual(embeddings=silent), workload="embedding") as (worker, upstream):
+            with pytest.raises(RunStalled):
+                await worker.read(ReadJob("text", 0, idle_timeout_s=0.1))
+            assert len(upstream.asked("/v1/embeddings")) == 1
 
     run(main())
 

@@ -212,6 +212,7 @@ class RemoteWorker:
         began = loop.time()
         while True:
             await tries.begin()
+            tried_at = loop.time()
             try:
                 url = f"{self._client.base_url}/embeddings"
                 answer = await self._client.demand(url, body, limit_s=job.idle_timeout_s)
@@ -222,6 +223,8 @@ class RemoteWorker:
                 tries.was_busy(error)
             except Broke as error:
                 self._look_now.set()
+                if loop.time() - tried_at >= job.idle_timeout_s:  # too late to try again
+                    raise RunStalled(str(error)) from error
                 await tries.broke(error, may_retry=True)
             finally:
                 tries.end()
