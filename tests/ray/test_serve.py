@@ -5,34 +5,34 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from threading import Event
 from typing import Any
 
 import httpx
 import pytest
 
 from openai import OpenAI
-from tests.live.client import LIMIT_S, open_client, stream, submit, until
+from tests.live.client import LIMIT_S, live_frames, open_client, submit, until
 from tests.live_service import LiveService, live_service
 from tests.runtime.frames import Seen
 
 MODEL = "openai:ray/tiny"
-CLIENTS, TASKS = 8, 48
-# A story that goes on for a while: some hundred milliseconds of a core.
-STORY: dict[str, Any] = {
-    "model_ref": MODEL,
-    "max_tokens": 400,
-    "sampling": {"temperature": 1.5, "top_p": 1.0},
-}
+LONG, SHORT, CLIENTS = 4, 24, 4  # tasks, as many long ones as the replicas have slots, and clients of the short ones
+PROMPT = "Once upon a time"
 
 
 @pytest.fixture(scope="module")
 def service(serve_url: str) -> Iterator[LiveService]:
-    server = {"name": "ray", "base_url": f"{serve_url}/v1", "max_concurrency": CLIENTS, "health_interval_ms": 500}
+    server = {
+        "name": "ray",
+        "base_url": f"{serve_url}/v1",
+        "max_concurrency": LONG + CLIENTS,
+        "health_interval_ms": 500,
+    }
     pool = {"id": "ray", "engine": "openai", "model": MODEL}
     with live_service({"engines": {"openai": {"servers": [server]}}, "pools": [pool]}) as running:
         with open_client(running) as client:
@@ -89,34 +89,44 @@ def test_openais_client_talks_to_the_cluster(service: LiveService, client: httpx
     assert answer.usage.completion_tokens == 12
 
 
-def test_requests_survive_the_death_of_a_replica(client: httpx.Client, serve_url: str) -> None:
-    """kill -9 in mid-load. What had no token yet is tried again unseen; what had ends with an error that says that the
-    task may be repeated, and is. At most as many were hurt as the dead one had at a time. Serve starts another one, and
-    the pool has been ready all the time."""
+def until_it_ends_well(client: httpx.Client, begun: threading.Event, **body: Any) -> list[list[Seen]]:
+    """What a client does that has read docs/retries.md: a task that lost its worker is submitted again. The frames of
+    each try; `begun` is set with the first token."""
+    tries: list[list[Seen]] = []
+    while not tries or tries[-1][-1].event == "error":
+        frames: list[Seen] = []
+        with live_frames(client, submit(client, model_ref=MODEL, **body)["task_id"]) as seen:
+            for one in seen:
+                frames.append(one)
+                if one.event == "token":
+                    begun.set()
+        last = frames[-1]
+        assert last.event == "end" or (last.data["code"], last.data["retriable"]) == ("WORKER_RESET", True)
+        tries.append(frames)
+    return tries
+
+
+def test_requests_survive_the_death_of_a_replica(service: LiveService, client: httpx.Client, serve_url: str) -> None:
+    """kill -9 while both replicas have all hands full, and others wait. A run that had no token yet is tried again
+    unseen; a task whose answer had begun ends with an error that says that it may be repeated, and is. No more are hurt
+    than the dead one had in hand, the pool is ready all the time, and Serve starts another one."""
     until(lambda: len(replicas(serve_url)) == 2, 120)
-    before = replicas(serve_url)
-    begun = Event()
-
-    def run(number: int) -> list[list[Seen]]:
-        tries: list[list[Seen]] = []
-        while not tries or tries[-1][-1].event == "error":
-            tries.append(stream(client, submit(client, seed=number, **STORY)["task_id"]))
-            if number >= CLIENTS:
-                begun.set()
-            error = tries[-1][-1].data
-            assert tries[-1][-1].event == "end" or (error["code"], error["retriable"]) == ("WORKER_RESET", True)
-        return tries
-
-    with ThreadPoolExecutor(CLIENTS) as pool:
-        runs = [pool.submit(run, number) for number in range(TASKS)]
-        assert begun.wait(LIMIT_S)
-        os.kill(min(before), signal.SIGKILL)
+    victim = min(replicas(serve_url))
+    begun = [threading.Event() for _ in range(LONG)]
+    with ThreadPoolExecutor(LONG + CLIENTS) as pool:
+        runs = [pool.submit(until_it_ends_well, client, one, inputs=[PROMPT] * 12) for one in begun]
+        assert all(one.wait(LIMIT_S) for one in begun)
+        runs += [pool.submit(until_it_ends_well, client, threading.Event(), prompt=PROMPT) for _ in range(SHORT)]
+        os.kill(victim, signal.SIGKILL)
         done = [one.result(LIMIT_S * 4) for one in runs]
     assert all(tries[-1][-1].event == "end" for tries in done)
     hurt = [tries for tries in done if len(tries) > 1]
-    assert len(hurt) <= 4
-    for tries in hurt:
-        assert any(seen.event == "token" for seen in tries[0])
-    health = client.get("/v1/pools/ray/health").json()
-    assert [one["restarts"] for one in health["replicas"]] == [0]
-    until(lambda: len(replicas(serve_url) - {min(before)}) == 2, 120)
+    told = [line["message"] for line in service.log() if line["logger"] == "llama_orch.remote"]
+    again, busy = sum("tried again" in one for one in told), sum("no more is asked" in one for one in told)
+    print(f"{len(hurt)} of {len(done)} tasks repeated, {again} runs tried again unseen, {busy} times busy")
+    assert hurt or again, "nobody felt it: the load was too light to prove anything"
+    assert len(hurt) <= 2
+    assert all(any(seen.event == "token" for seen in tries[0]) for tries in hurt)
+    (replica,) = client.get("/v1/pools/ray/health").json()["replicas"]
+    assert (replica["state"], replica["restarts"]) == ("ready", 0)
+    until(lambda: len(replicas(serve_url) - {victim}) == 2, 120)

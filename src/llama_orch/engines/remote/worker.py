@@ -7,6 +7,7 @@ of its own; one that breaks later is over, for its client has read a part of it 
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing, suppress
@@ -33,6 +34,8 @@ from llama_orch.engines.remote.client import Broke, Busy, RemoteClient, fault_of
 from llama_orch.engines.remote.dialect import DONE, Event, Kind, Nonsense, Usage, encode, read
 from llama_orch.engines.remote.discovery import Found, discover
 from llama_orch.engines.remote.throttle import StillBusy, Throttle
+
+log = logging.getLogger("llama_orch.remote")
 
 VERSION = "v1"  # of the API; what serves it may change at any time
 RETRY_PAUSES_S = (0.2, 0.5, 1.0)  # before each further try of a run that broke before its first token
@@ -267,6 +270,7 @@ class _Tries:
             self._throttle.leave()
 
     def was_busy(self, error: Busy) -> None:
+        log.info("%s; no more is asked for %.1f s", error, error.retry_after_s)
         self._throttle.refused(error.retry_after_s)
         now = asyncio.get_running_loop().time()
         self._busy_until, self._busy_reason = min(self._busy_until, now + self._busy_s), str(error)
@@ -276,6 +280,7 @@ class _Tries:
         if not may_retry or self._broken == len(RETRY_PAUSES_S):
             tried = f" ({self._broken + 1} tries)" if self._broken else ""
             raise RunLost(f"{error}{tried}") from error
+        log.warning("%s; it had no token yet and is tried again", error)
         self.end()
         await asyncio.sleep(RETRY_PAUSES_S[self._broken])
         self._broken += 1
