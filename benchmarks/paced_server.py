@@ -1,7 +1,7 @@
-"""A stand-in for llama-server that decodes nothing: each stream gets a token at a fixed pace, so that what is measured
-is the relay and not the model. The service takes it for the user's own binary (`engines.llamacpp.launcher: binary`) and
-speaks to it as to any worker, over the same socket and in the same dialect, with the events that llama-server writes.
-
+"""A stand-in for llama-server that decodes nothing: at each step of a fixed pace every stream gets a token, as it is
+where one batch is evaluated for all slots, so that what is measured is the relay and not the model. The service takes
+it for the user's own binary (`engines.llamacpp.launcher: binary`) and speaks to it as to any worker, over the same
+socket and in the same dialect, with the events that llama-server writes.
     paced_server.py --host /path/engine.sock --parallel 32 --ctx-size 65536 --tokens-per-s 50 …
 """
 
@@ -76,10 +76,9 @@ class Server:
         loop = asyncio.get_running_loop()
         try:
             writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n")
-            due = loop.time()
+            step = int(loop.time() / self._step_s)
             for number in range(1, tokens + 1):
-                due += self._step_s
-                await asyncio.sleep(max(0.0, due - loop.time()))
+                await asyncio.sleep(max(0.0, (step + number) * self._step_s - loop.time()))
                 if writer.is_closing():
                     return
                 self._event(writer, {"content": " word", "stop": False, "tokens_predicted": number})
