@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Iterator
-from contextlib import ExitStack
 from pathlib import Path
 from threading import Event
 from typing import Any
@@ -233,30 +232,22 @@ def test_the_key_is_nowhere(service: LiveService, client: httpx.Client, tmp_path
 
 
 @pytest.mark.spec("HP-REM-3", "HP-ERR-4")
-def test_a_server_that_goes_away_and_comes_back(tmp_path: Path, odd: Upstream) -> None:
+def test_a_server_that_goes_away_and_comes_back(client: httpx.Client, box: PlainServer) -> None:
     """Killed in mid-stream: the task ends with a typed error that may be repeated, the pool says so and tells of the
-    reason; when the server is there again, so is the pool, without anybody's doing."""
-    key_file = tmp_path / "key"
-    key_file.touch(mode=0o600)
-    key_file.write_text(KEY)
-    with ExitStack() as stack:
-        first = stack.enter_context(plain_server())
-        running = stack.enter_context(live_service(configuration(f"{first.address}/v1", odd.url, key_file)))
-        client = stack.enter_context(open_client(running))
-        until(lambda: is_ready(client, "far"))
-        asked = {"max_tokens": 900, "sampling": {"temperature": 1.5, "top_k": 0, "top_p": 1.0, "min_p": 0.0}}
-        started = submit(client, model_ref=FAR, **asked)["task_id"]
-        with live_frames(client, started) as frames:
-            for seen in frames:
-                if seen.event == "token":
-                    break
-            first.process.kill()
-            rest = list(frames)
-        assert (_code(rest), rest[-1].data["retriable"]) == ("WORKER_RESET", True)
-        until(lambda: not is_ready(client, "far"))
-        assert "server box" in client.get("/v1/pools/far/health").json()["last_error"]
-        answer = client.post("/v1/tasks", json={"model_ref": FAR, "messages": [{"role": "user", "content": "Hi"}]})
-        assert (answer.status_code, answer.json()["code"]) == (503, "POOL_UNREADY")
-        waiting = submit(client, model_ref=FAR, max_tokens=4)["task_id"]  # it fits in any case, and waits
-        stack.enter_context(plain_server(port=first.port))
+    reason; when the server is there again, so is the pool, without anybody's doing. The last test: `box` is no more."""
+    asked = {"max_tokens": 900, "sampling": {"temperature": 1.5, "top_k": 0, "top_p": 1.0, "min_p": 0.0}}
+    started = submit(client, model_ref=FAR, **asked)["task_id"]
+    with live_frames(client, started) as frames:
+        for seen in frames:
+            if seen.event == "token":
+                break
+        box.process.kill()
+        rest = list(frames)
+    assert (_code(rest), rest[-1].data["retriable"]) == ("WORKER_RESET", True)
+    until(lambda: not is_ready(client, "far"))
+    assert "server box" in client.get("/v1/pools/far/health").json()["last_error"]
+    answer = client.post("/v1/tasks", json={"model_ref": FAR, "messages": [{"role": "user", "content": "Hi"}]})
+    assert (answer.status_code, answer.json()["code"]) == (503, "POOL_UNREADY")
+    waiting = submit(client, model_ref=FAR, max_tokens=4)["task_id"]  # it fits in any case, and waits
+    with plain_server(port=box.port):
         assert stream(client, waiting)[-1].event == "end"
