@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ssl
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -67,7 +67,7 @@ class Reply:
     def audit_id(self) -> str:
         return self.decision.audit_id
 
-    async def chunks(self) -> AsyncIterator[bytes]:
+    async def chunks(self) -> AsyncGenerator[bytes, None]:
         """The body as it is on the wire, without transfer encoding and with content encoding. Once. Raises
         UpstreamFailed when it breaks off, stops coming, has another length than was said, or is too large."""
         length = "" if self._is_head else self.headers.get("content-length", "")

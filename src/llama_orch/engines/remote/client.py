@@ -61,21 +61,20 @@ class RemoteClient:
         self, method: Literal["GET", "POST"], url: str, body: bytes = b"", *, limit_s: float, bytes_max: int = 0
     ) -> tuple[int, bytes]:
         """One request and the whole of its answer: HTTP status and body. Raises Broke and WorkerLost."""
-        limits = Limits(
-            bytes_max or ANSWER_BYTES_MAX, limit_s, idle_s=limit_s, connect_s=self._connect_s, answer_s=limit_s
-        )
-        async with self._open(method, url, body, limits) as reply:
+        async with self._open(method, url, body, self._whole(limit_s, bytes_max)) as reply:
             return reply.http_status, b"".join([chunk async for chunk in reply.chunks()])
 
     async def demand(self, url: str, body: bytes, *, limit_s: float, bytes_max: int = 0) -> bytes:
         """The same of a POST that has to succeed. Raises Busy and JobRefused as well."""
-        limits = Limits(
-            bytes_max or ANSWER_BYTES_MAX, limit_s, idle_s=limit_s, connect_s=self._connect_s, answer_s=limit_s
-        )
-        async with self._open("POST", url, body, limits) as reply:
+        async with self._open("POST", url, body, self._whole(limit_s, bytes_max)) as reply:
             if reply.http_status != 200:
                 raise await self._failure(reply)
             return b"".join([chunk async for chunk in reply.chunks()])
+
+    def _whole(self, limit_s: float, bytes_max: int) -> Limits:
+        """Of an answer that is read as a whole."""
+        connect_s = min(limit_s, self._connect_s)
+        return Limits(bytes_max or ANSWER_BYTES_MAX, limit_s, idle_s=limit_s, connect_s=connect_s, answer_s=limit_s)
 
     async def events(self, path: str, body: bytes, *, tokens_max: int, idle_s: float) -> AsyncGenerator[Event, None]:
         """A stream's events, up to its end. Raises Busy, Broke, JobRefused, WorkerLost, and RunStalled when no event
@@ -105,25 +104,27 @@ class RemoteClient:
                     yield event
 
     async def _timed(self, reply: Reply, idle_s: float) -> AsyncGenerator[Event, None]:
-        loop, lines, chunks = asyncio.get_running_loop(), Lines(), aiter(reply.chunks())
+        loop, lines = asyncio.get_running_loop(), Lines()
         deadline = loop.time() + idle_s
-        while True:
-            try:
-                async with asyncio.timeout_at(deadline):
-                    chunk = await anext(chunks)
-            except StopAsyncIteration:
-                return
-            except TimeoutError as error:
-                raise RunStalled(f"{self.name} sent no token for {idle_s:g} s") from error
-            has_event = False
-            try:
-                for event in lines.feed(chunk):
-                    has_event = True
-                    yield event
-            except Nonsense as error:
-                raise Broke(f"{self.name} sent {error}") from error
-            if has_event:  # time in which nobody reads is not the server's
-                deadline = loop.time() + idle_s
+        async with aclosing(reply.chunks()) as chunks:
+            while (chunk := await self._next(chunks, deadline, idle_s)) is not None:
+                has_event = False
+                try:
+                    for event in lines.feed(chunk):
+                        has_event = True
+                        yield event
+                except Nonsense as error:
+                    raise Broke(f"{self.name} sent {error}") from error
+                if has_event:  # time in which nobody reads is not the server's
+                    deadline = loop.time() + idle_s
+
+    async def _next(self, chunks: AsyncGenerator[bytes, None], deadline: float, idle_s: float) -> bytes | None:
+        """None at the end."""
+        try:
+            async with asyncio.timeout_at(deadline):
+                return await anext(chunks, None)
+        except TimeoutError as error:
+            raise RunStalled(f"{self.name} sent no token for {idle_s:g} s") from error
 
     @asynccontextmanager
     async def _open(

@@ -176,17 +176,19 @@ class Lines:
     """Cuts a stream into events. `feed` with each piece as it comes."""
 
     def __init__(self) -> None:
-        self._tail = b""
+        self._tail = bytearray()
 
     def feed(self, data: bytes) -> Iterator[Event]:
         """The events that are whole now. Raises Nonsense."""
-        *lines, self._tail = (self._tail + data).split(b"\n")
-        if len(self._tail) > LINE_BYTES_MAX:
-            raise Nonsense("a line longer than any honest one")
-        for line in lines:
+        *ends, rest = data.split(b"\n")
+        for end in ends:
+            line, self._tail = bytes(self._tail) + end, bytearray()
             if line.startswith(b"data:"):
                 payload = line[5:].strip()
                 yield DONE if payload == b"[DONE]" else read(payload, _decode_event)
+        self._tail += rest  # a line may come byte by byte: it is put together once
+        if len(self._tail) > LINE_BYTES_MAX:
+            raise Nonsense("a line longer than any honest one")
 
 
 def read(payload: bytes, decode: Callable[[bytes], T]) -> T:
