@@ -34,11 +34,11 @@ async def _body(answer: httpx.Response) -> AsyncIterator[bytes]:
         await answer.aclose()
 
 
-# Beyond what its replicas take at a time, and as many again that wait for one, Serve answers 503; llama-orch waits
+# Beyond what its replicas take at a time, and some more that wait for one, Serve answers 503; llama-orch waits
 # then, with the task on its slot, and passes the pressure on (docs/remote-engines.md).
 @serve.deployment(
     max_ongoing_requests=SLOTS,
-    max_queued_requests=SLOTS,
+    max_queued_requests=4 * SLOTS,
     ray_actor_options={"num_cpus": 0.5},
     health_check_period_s=1,
 )

@@ -16,12 +16,12 @@ import httpx
 import pytest
 
 from openai import OpenAI
-from tests.live.client import LIMIT_S, live_frames, open_client, submit, until
+from tests.live.client import LIMIT_S, open_client, stream, submit, until
 from tests.live_service import LiveService, live_service
 from tests.runtime.frames import Seen
 
 MODEL = "openai:ray/tiny"
-LONG, SHORT, CLIENTS = 4, 24, 4  # tasks, as many long ones as the replicas have slots, and clients of the short ones
+CLIENTS, KILLS_MAX = 6, 8
 PROMPT = "Once upon a time"
 
 
@@ -30,7 +30,7 @@ def service(serve_url: str) -> Iterator[LiveService]:
     server = {
         "name": "ray",
         "base_url": f"{serve_url}/v1",
-        "max_concurrency": LONG + CLIENTS,
+        "max_concurrency": CLIENTS,
         "health_interval_ms": 500,
     }
     pool = {"id": "ray", "engine": "openai", "model": MODEL}
@@ -89,44 +89,58 @@ def test_openais_client_talks_to_the_cluster(service: LiveService, client: httpx
     assert answer.usage.completion_tokens == 12
 
 
-def until_it_ends_well(client: httpx.Client, begun: threading.Event, **body: Any) -> list[list[Seen]]:
+def until_it_ends_well(client: httpx.Client, **body: Any) -> list[list[Seen]]:
     """What a client does that has read docs/retries.md: a task that lost its worker is submitted again. The frames of
-    each try; `begun` is set with the first token."""
+    each try."""
     tries: list[list[Seen]] = []
     while not tries or tries[-1][-1].event == "error":
-        frames: list[Seen] = []
-        with live_frames(client, submit(client, model_ref=MODEL, **body)["task_id"]) as seen:
-            for one in seen:
-                frames.append(one)
-                if one.event == "token":
-                    begun.set()
-        last = frames[-1]
+        tries.append(stream(client, submit(client, model_ref=MODEL, **body)["task_id"]))
+        last = tries[-1][-1]
         assert last.event == "end" or (last.data["code"], last.data["retriable"]) == ("WORKER_RESET", True)
-        tries.append(frames)
     return tries
 
 
 def test_requests_survive_the_death_of_a_replica(service: LiveService, client: httpx.Client, serve_url: str) -> None:
-    """kill -9 while both replicas have all hands full, and others wait. A run that had no token yet is tried again
-    unseen; a task whose answer had begun ends with an error that says that it may be repeated, and is. No more are hurt
-    than the dead one had in hand, the pool is ready all the time, and Serve starts another one."""
-    until(lambda: len(replicas(serve_url)) == 2, 120)
-    victim = min(replicas(serve_url))
-    begun = [threading.Event() for _ in range(LONG)]
-    with ThreadPoolExecutor(LONG + CLIENTS) as pool:
-        runs = [pool.submit(until_it_ends_well, client, one, inputs=[PROMPT] * 12) for one in begun]
-        assert all(one.wait(LIMIT_S) for one in begun)
-        runs += [pool.submit(until_it_ends_well, client, threading.Event(), prompt=PROMPT) for _ in range(SHORT)]
-        os.kill(victim, signal.SIGKILL)
-        done = [one.result(LIMIT_S * 4) for one in runs]
+    """kill -9 while clients keep both replicas busy, again and again until somebody feels it: whether the dead one had
+    anything in hand is chance. A run that had no token yet is tried again unseen; a task whose answer had begun ends
+    with an error that says that it may be repeated, and is. No more are hurt than the dead ones had in hand, the pool
+    is ready all the time, and Serve starts others in their place."""
+    done: list[list[list[Seen]]] = []
+    enough = threading.Event()
+
+    def keep_asking() -> None:
+        while not enough.is_set():
+            done.append(until_it_ends_well(client, inputs=[PROMPT] * 4))
+
+    def told(words: str) -> int:
+        return sum(words in line["message"] for line in service.log() if line["logger"] == "llama_orch.remote")
+
+    killed: list[int] = []
+    with ThreadPoolExecutor(CLIENTS) as pool:
+        clients = [pool.submit(keep_asking) for _ in range(CLIENTS)]
+        try:
+            while len(killed) < KILLS_MAX and not (hurt_of(done) or told("tried again")):
+                until(lambda: len(replicas(serve_url) - set(killed)) == 2, 120)
+                killed.append(min(replicas(serve_url) - set(killed)))
+                os.kill(killed[-1], signal.SIGKILL)
+                ended = len(done)
+                until(lambda ended=ended: len(done) >= ended + 2 * CLIENTS)
+        finally:
+            enough.set()
+        for one in clients:
+            one.result(LIMIT_S * 4)
+    hurt, again, busy = hurt_of(done), told("tried again"), told("no more is asked")
+    print(
+        f"{len(killed)} killed: {len(hurt)} of {len(done)} tasks repeated, {again} runs tried again, {busy} times busy"
+    )
     assert all(tries[-1][-1].event == "end" for tries in done)
-    hurt = [tries for tries in done if len(tries) > 1]
-    told = [line["message"] for line in service.log() if line["logger"] == "llama_orch.remote"]
-    again, busy = sum("tried again" in one for one in told), sum("no more is asked" in one for one in told)
-    print(f"{len(hurt)} of {len(done)} tasks repeated, {again} runs tried again unseen, {busy} times busy")
     assert hurt or again, "nobody felt it: the load was too light to prove anything"
-    assert len(hurt) <= 2
+    assert len(hurt) <= 2 * len(killed)  # what a replica decodes at a time
     assert all(any(seen.event == "token" for seen in tries[0]) for tries in hurt)
     (replica,) = client.get("/v1/pools/ray/health").json()["replicas"]
     assert (replica["state"], replica["restarts"]) == ("ready", 0)
-    until(lambda: len(replicas(serve_url) - {victim}) == 2, 120)
+    until(lambda: len(replicas(serve_url) - set(killed)) == 2, 120)
+
+
+def hurt_of(done: list[list[list[Seen]]]) -> list[list[list[Seen]]]:
+    return [tries for tries in done if len(tries) > 1]
