@@ -102,8 +102,8 @@ class CompletionBody(msgspec.Struct, frozen=True):
     grammar: str = ""  # none
     # Of our own dialect (workers/ctransformers.py): take over only what a run from the first token would also have.
     cache_exact: bool | msgspec.UnsetType = msgspec.UNSET
-    n_probs: int = 0
-    preserved_tokens: tuple[str, ...] = ()
+    n_probs: int | msgspec.UnsetType = msgspec.UNSET
+    preserved_tokens: tuple[str, ...] | msgspec.UnsetType = msgspec.UNSET
     stream: bool = True
     # Progress events during prefill make a long prompt different from a hang.
     return_progress: bool = True
@@ -336,8 +336,10 @@ def completion_body(job: Job, slots: int) -> CompletionBody:
         repeat_penalty=sampling.repeat_penalty,
         stop=sampling.stop,
         grammar=sampling.grammar or "",
-        n_probs=0 if job.logprobs is None else max(1, job.logprobs),  # with 0 it would not tell the token's own
-        preserved_tokens=job.kept_tokens,
+        n_probs=msgspec.UNSET
+        if job.logprobs is None
+        else max(1, job.logprobs),  # of 0 it would not tell the token's own
+        preserved_tokens=job.kept_tokens or msgspec.UNSET,
     )
 
 
