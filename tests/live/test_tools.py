@@ -133,7 +133,7 @@ def test_an_answer_in_a_form_may_be_a_call(client: OpenAI) -> None:
         ("default", {"tools": None, "messages": [*ASKED, {"role": "tool", "tool_call_id": "a", "content": "x"}]},
          "messages[1].role"),
         ("hermes", {"tools": [TOOLS[1], TOOLS[1]]}, "tools"),
-        ("hermes", {"tools": [{"type": "function", "function": {"name": "x", "parameters": {"type": "null"}}}]}, "tools"),
+        ("hermes", {"tools": [{"type": "function", "function": {"name": "x", "parameters": {"not": {}}}}]}, "tools"),
         ("second", {"tools": None, "logprobs": True}, "logprobs"),
         ("hermes", {"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
     ],
