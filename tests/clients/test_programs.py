@@ -25,7 +25,7 @@ Command = Callable[..., list[str]]
 STORY = "Tell me a story about a brave fox."
 SYLLABLES = re.compile("ka|lo|mi|ren|su|té|vor|ya|zel|ño|日|ön")  # of the simulated engine
 ANSWER_TOKENS = 200  # less than the 256 of the pool: a terminal breaks words
-START_TOKENS = 2000  # take longer than these programs need to start
+START_TOKENS = 1000  # take longer than these programs need to start
 LLM = Path(sys.executable).with_name("llm")
 
 

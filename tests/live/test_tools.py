@@ -158,6 +158,16 @@ def test_a_task_has_the_calls_beside_its_text(service: httpx.Client) -> None:
     assert "".join(piece.get("arguments", "") for piece in pieces) == "{}"
 
 
+@pytest.mark.parametrize("model", TEMPLATES)
+def test_the_template_shows_the_tools(client: OpenAI, model: str) -> None:
+    """The model reads all that they say, also what grammars of llama.cpp cannot do, such as a schema that is part
+    of itself."""
+    tree = {"type": "object", "properties": {"left": {"$ref": "#"}, "word": {"type": "string", "maxLength": 3}}}
+    tool = {"type": "function", "function": {"name": "grow", "description": "many words " * 40, "parameters": tree}}
+    without = chat(client, model, max_tokens=1, tools=None).usage.prompt_tokens
+    assert chat(client, model, max_tokens=1, tools=[tool]).usage.prompt_tokens > without + 80
+
+
 # -- likelihoods -----------------------------------------------------------------------------------------------------
 
 

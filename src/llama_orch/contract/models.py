@@ -61,7 +61,7 @@ class ToolCall(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
 
     id: Annotated[str, Meta(min_length=1, max_length=64, pattern='^[A-Za-z0-9_-]*$(?!\\n)')]  # As it came. Some templates take nine letters and digits only, which is what ours have.
     name: Annotated[str, Meta(min_length=1, max_length=64, pattern='^[A-Za-z0-9_-]*$(?!\\n)')]
-    arguments: dict[str, Any]  # Nested at most 64 deep.
+    arguments: dict[str, Any]  # Nested at most 64 deep, with 4,096 values at most.
 
 
 class ChatMessage(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
@@ -829,7 +829,7 @@ class OpenAiFunctionCall(Struct, kw_only=True, frozen=True, forbid_unknown_field
     """What was called."""
 
     name: Annotated[str, Meta(min_length=1, max_length=64, pattern='^[A-Za-z0-9_-]*$(?!\\n)')]
-    arguments: Annotated[str, Meta(max_length=1000000)]  # A JSON object, nested at most 64 deep.
+    arguments: Annotated[str, Meta(max_length=1000000)]  # A JSON object, nested at most 64 deep, with 4,096 values at most.
 
 
 class OpenAiToolCall(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):

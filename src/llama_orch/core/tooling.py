@@ -4,7 +4,7 @@ gets to see."""
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from msgspec import UNSET
@@ -14,7 +14,9 @@ from llama_orch.core.gbnf import GrammarError, check_grammar
 from llama_orch.core.tool_syntax import Tool, ToolSyntax, tool_grammar
 from llama_orch.errors import InvalidParams
 
-DEPTH_MAX = 64  # of what a template gets to see
+# Of each object that a template gets to see. To write one out takes the square of its names: with 60,000 it was 20 s.
+DEPTH_MAX = 64
+PARTS_MAX = 4096
 
 
 def fields_about_tools(request: TaskRequest) -> Iterator[str]:
@@ -48,8 +50,8 @@ def check_tools(request: TaskRequest) -> None:
     if tools.only is not None and tools.only not in names:
         raise InvalidParams(f"`tools.only` is {tools.only!r}, which none of the functions is called", param="tools")
     for function in tools.functions:
-        if function.parameters is not None and _is_too_deep(function.parameters):
-            raise _too_deep(f"the parameters of function {function.name!r}", "tools")
+        if function.parameters is not None:
+            _check_size(function.parameters, f"the parameters of function {function.name!r}", "tools")
 
 
 def _check_message(place: str, message: ChatMessage) -> None:
@@ -60,23 +62,22 @@ def _check_message(place: str, message: ChatMessage) -> None:
             f"`{place}.tool_call_id` is for role 'tool', which has to have one", param=f"{place}.tool_call_id"
         )
     for number, call in enumerate(message.tool_calls or ()):
-        if _is_too_deep(call.arguments):
-            raise _too_deep(f"`{place}.tool_calls[{number}].arguments`", f"{place}.tool_calls")
+        _check_size(call.arguments, f"`{place}.tool_calls[{number}].arguments`", f"{place}.tool_calls")
 
 
-def _is_too_deep(value: object) -> bool:
-    level = [value]
+def _check_size(value: object, what: str, param: str) -> None:
+    level, parts = [value], 0
     for _ in range(DEPTH_MAX):
-        level = [
-            part
-            for one in level
-            for part in (one.values() if isinstance(one, Mapping) else one if isinstance(one, list) else ())
-        ]
-    return bool(level)
+        level = [part for one in level for part in _parts(one)]
+        parts += len(level)
+        if parts > PARTS_MAX:
+            raise InvalidParams(f"{what}: more than {PARTS_MAX} values in it; make it smaller", param=param)
+    if level:
+        raise InvalidParams(f"{what}: nested more than {DEPTH_MAX} deep; make it flatter", param=param)
 
 
-def _too_deep(what: str, param: str) -> InvalidParams:
-    return InvalidParams(f"{what}: nested more than {DEPTH_MAX} deep; make it flatter", param=param)
+def _parts(value: object) -> Iterable[object]:
+    return value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
 
 
 def grammar_of_tools(request: TaskRequest, tools: Tools, syntax: ToolSyntax) -> str:

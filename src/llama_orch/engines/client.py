@@ -169,7 +169,8 @@ class LlamaClient:
 
     async def apply_template(self, messages: list[Message], tools: list[Message] | None = None) -> str:
         """The prompt that the model's chat template makes of `messages` and `tools`."""
-        body = {"messages": messages} | ({} if tools is None else {"tools": tools})
+        # With another choice the engine would also make a grammar of its own of the tools' schemas.
+        body = {"messages": messages} | ({} if tools is None else {"tools": tools, "tool_choice": "none"})
         return (await self._ask("POST", "/apply-template", body, _Prompt)).prompt
 
     async def erase(self, slot: int) -> None:

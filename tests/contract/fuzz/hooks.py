@@ -120,8 +120,7 @@ def narrowed(request: dict[str, Any], schemas: dict[str, Any]) -> dict[str, Any]
     properties["messages"].pop("maxItems")
     message = schemas["ChatMessage"]["properties"]
     message |= {"role": {"type": "string", "enum": ["system", "user", "assistant"]}} | dict.fromkeys(CALLS, ABSENT)
-    del properties["tools"]  # as the tools of messages: not for these models, nor are likelihoods for most of them
-    properties["logprobs"] = ABSENT
+    del properties["tools"], properties["logprobs"]  # like the calls of messages not for these models, or most of them
     properties |= {
         "model_ref": {"type": "string", "enum": MODELS},
         "engine": {"type": "string", "nullable": True, "enum": ["llamacpp", None]},
