@@ -35,7 +35,9 @@ from llama_orch.stores.database import Database
 from tests.api.harness import serving_app
 from tests.live.client import until
 from tests.live.elsewhere import elsewhere
+from tests.live.models import ref
 from tests.pact.exchange import TOKEN
+from tests.tool_models import a_tool_model
 
 T = TypeVar("T")
 
@@ -56,13 +58,15 @@ class Installation:
     load_error: str | None = None
     budget_tokens: int | None = None  # of a session
     max_turns: int = 8
+    knows_tools: bool = False  # its model is the built-in one with another template, as `default`
     reaches: str | None = None  # the URL of a machine that it may call, and calls for any URL of files.example
 
-    @property
-    def settings(self) -> Settings:
-        """Checked like a configuration file."""
+    def settings(self, folder: Path) -> Settings:
+        """Checked like a configuration file. `folder`: for files of models."""
         queue = {"capacity": self.capacity, "full_policy": self.full_policy}
-        pool = {"engine": self.engine, "slots": 1, "ctx": self.ctx, "queue": queue}
+        pool: dict[str, Any] = {"engine": self.engine, "slots": 1, "ctx": self.ctx, "queue": queue}
+        if self.knows_tools:
+            pool["model"] = ref(a_tool_model(folder / "tools.gguf"))
         simulated = {"id": "gpu0", "backend": "simulated", "vram_bytes": 24 * GIB}
         device = simulated if self.engine == "simulated" else {"id": "cpu", "backend": "cpu"}
         budgets = {"mode": "off" if self.budget_tokens is None else "enforce", "tokens": self.budget_tokens}
@@ -192,10 +196,10 @@ class Stage:
         return self._service
 
     async def _start(self, installation: Installation) -> None:
-        settings, engine = installation.settings, installation.build_engine()
+        clock, home = SystemClock(), Path(tempfile.mkdtemp(dir=self._folder))
+        settings, engine = installation.settings(home), installation.build_engine()
         engines, sources = {installation.engine: engine}, discover(settings.devices, lambda uuids: False)
         plan = make_plan(settings, engines, sources)
-        clock, home = SystemClock(), Path(tempfile.mkdtemp(dir=self._folder))
         artifacts = ArtifactStore(Database(home / "state.sqlite3"), home / "artifacts", clock.wall)
         orchestrator, service = wire(
             settings, engines, plan, self._digest, clock, artifacts=artifacts, plugins=installation.plugins

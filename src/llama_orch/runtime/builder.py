@@ -212,6 +212,7 @@ class Builder:
             full_policy=settings.queue.full_policy,
             strict_needs_exclusive=traits.strict_needs_exclusive,
             reads_whole_ctx=offer.reads_whole_ctx,
+            tool_syntax=offer.tool_syntax,
             keep_alive_s=None if keep_ms is None else keep_ms / 1000,
             is_on_demand=is_on_demand,
             kv_bytes_per_token=draft.model.kv_bytes_per_token(settings.ctx),

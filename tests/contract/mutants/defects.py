@@ -27,11 +27,12 @@ from llama_orch.contract.models import (
     PoolHealth,
     Priority,
 )
-from llama_orch.core import queue, replica, scheduler
-from llama_orch.engines import http_worker
+from llama_orch.core import admission, queue, replica, scheduler
+from llama_orch.engines import http_worker, likelihoods
 from llama_orch.errors import AdmissionReject, Conflict, LlorchError, NotFound, Unauthorized
 from llama_orch.observe import metrics
-from llama_orch.runtime import jobs, orchestrator, service, streams, views
+from llama_orch.openai import answers, tools
+from llama_orch.runtime import answer, intake, jobs, orchestrator, service, streams, views
 
 
 class Fuzz(NamedTuple):
@@ -513,3 +514,55 @@ def dropped_without_its_code() -> None:
         return AdmissionReject("dropped", engine=pool.spec.engine, retry_after_ms=wait_ms, policy_label="drop-lru")
 
     scheduler.refusals.dropped = dropped
+
+
+# -- tools and likelihoods -------------------------------------------------------------------------------------------
+
+
+@defect(Tests("tests/live/test_tools.py", "test_a_call_that_is_asked_for_is_made"))
+def tools_without_a_grammar() -> None:
+    """The model is shown the tools, and may answer what it likes."""
+    intake.grammar_of_tools = lambda *_: "root ::= .*"
+
+
+@defect(Tests("tests/live/test_tools.py", "test_what_cannot_be_done_is_refused_by_name"))
+def tools_ignored_in_silence() -> None:
+    """A model whose template knows no tools answers as if there were none."""
+    admission.fields_about_tools = lambda _: iter(())
+
+
+@defect(Tests("tests/live/test_tools.py", "test_a_model_that_calls_by_itself_is_heard"))
+def control_tokens_left_out() -> None:
+    """What a model marks its calls with does not reach us."""
+    original = answer.syntax_of
+    jobs.syntax_of = lambda task: (found := original(task)) and dataclasses.replace(found, kept=())
+
+
+@defect(Tests("tests/openai/test_answers.py", "test_calls_come_in_openais_framing"))
+def calls_end_as_texts() -> None:
+    """An answer with calls ends with `finish_reason` `stop`."""
+    tools.Calls.are_whole = property(lambda self: False)
+
+
+@defect(Tests("tests/openai/test_answers.py", "test_a_whole_answer_has_its_calls"))
+def calls_shown_as_text() -> None:
+    """What stands around calls is content."""
+    original = answers.ChatWording.whole
+
+    def whole(self: Any, frames: Any, end: EndFrame) -> Any:
+        plain = [msgspec.structs.replace(frame, tool_calls=msgspec.UNSET) for frame in frames]
+        return original(self, plain, end)
+
+    answers.ChatWording.whole = whole
+
+
+@defect(Tests("tests/live/test_tools.py", "test_the_bytes_of_tokens_are_the_text"))
+def held_back_tokens_told_at_once() -> None:
+    """Tokens that the engine holds back are told before their text is, as nothing."""
+    original = likelihoods.Likelihoods.of
+
+    def of(self: Any, event: Any) -> Any:
+        found = original(self, event)
+        return found or ((likelihoods.TextLikelihood("", -1.0),) if event.completion_probabilities else ())
+
+    likelihoods.Likelihoods.of = of
