@@ -28,7 +28,7 @@ class Priority(StrEnum):
 
 
 class Determinism(StrEnum):
-    """`strict`: the same bytes for the same request, whatever else runs."""
+    """`strict`: the same bytes for the same request, whatever else runs. When absent, `strict` where the pool's engine can be, else `best_effort`."""
 
     STRICT = 'strict'
     BEST_EFFORT = 'best_effort'
@@ -115,7 +115,7 @@ class TaskRequest(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True)
     ctx: Annotated[int, Meta(ge=1, le=2147483647)] | None = None  # Context in tokens that must be available.
     priority: Priority = Priority.INTERACTIVE
     seed: Annotated[int, Meta(ge=0, le=9223372036854775807)] | None = None  # Chosen by the service and reported when absent.
-    determinism: Determinism = Determinism.STRICT
+    determinism: Determinism | UnsetType = UNSET
     sampler_profile_version: Annotated[str, Meta(min_length=1, max_length=64)] | None = None  # The pool's when absent.
     sampling: Sampling | UnsetType = UNSET
     prompt: Annotated[str, Meta(min_length=1, max_length=4000000)] | None = None  # Raw text, given to the model as it is. Not for workload `rerank`.
@@ -310,7 +310,7 @@ class EndFrame(Struct, kw_only=True, frozen=True):
     decode_time_ms: Annotated[int, Meta(ge=0, le=9223372036854775807)]
     finish_reason: FinishReason
     seed: Annotated[int, Meta(ge=0, le=9223372036854775807)]
-    model_digest: str  # `sha256:` and the digest of the model file.
+    model_digest: str  # `sha256:` and the digest of the model file; empty of a model on a server elsewhere.
     engine: str
     engine_version: str
     sampler_profile_version: str
@@ -452,7 +452,7 @@ class Pool(Struct, kw_only=True, frozen=True):
     engine: str
     engine_version: str
     model: str
-    model_digest: str | None  # Null until the file was hashed.
+    model_digest: str | None  # Null until the file was hashed, and of a model on a server elsewhere.
     ctx: Annotated[int, Meta(ge=1, le=2147483647)]  # Tokens per slot.
     slots: Annotated[int, Meta(ge=1, le=2147483647)]  # Per replica.
     slots_total: Annotated[int, Meta(ge=0, le=2147483647)]  # On all replicas.
@@ -485,7 +485,7 @@ class ReplicaState(StrEnum):
 
 
 class Replica(Struct, kw_only=True, frozen=True):
-    """One worker process with one model, on these devices and no others."""
+    """One worker process with one model, on these devices and no others; or, without devices, a server elsewhere."""
 
     id: str
     devices: list[str]

@@ -6,13 +6,13 @@ from collections.abc import Iterable, Sequence
 
 from msgspec import UNSET
 
-from llama_orch.contract.models import Sampling, TaskRequest, Workload
+from llama_orch.contract.models import Determinism, KvHint, Sampling, TaskRequest, Workload
 from llama_orch.core.gbnf import GrammarError, check_grammar
 from llama_orch.core.json_schema import json_schema_to_gbnf
 from llama_orch.core.pool import Pool, PoolSpec
 from llama_orch.core.task import Task
 from llama_orch.core.tooling import check_tools, fields_about_tools
-from llama_orch.errors import InvalidParams, NotFound, PoolUnready
+from llama_orch.errors import InvalidParams, LlorchError, NotFound, PoolUnready
 
 # A token covers at least one byte of text; this many more may be put around it (start of text, a leading space).
 EXTRA_TOKENS = 8
@@ -52,9 +52,15 @@ def matching_pools(pools: Sequence[Pool], request: TaskRequest, everybody: Itera
     return able
 
 
-def _incapable(spec: PoolSpec, request: TaskRequest, everybody: Iterable[Pool]) -> InvalidParams:
+def _incapable(spec: PoolSpec, request: TaskRequest, everybody: Iterable[Pool]) -> LlorchError:
     """The refusal, with the pools that can where a whole workload is what is missing."""
     reason = str(incapacity(spec, request))
+    if not spec.is_known:
+        return PoolUnready(
+            f"pool {spec.pool_id} has not reached its server yet, which may not do all of this; repeat shortly",
+            engine=spec.engine,
+            retry_after_ms=1000,
+        )
     workload = request.workload.value
     if workload in spec.workloads:
         field = _lacking(spec, request)
@@ -80,13 +86,17 @@ def incapacity(spec: PoolSpec, request: TaskRequest) -> str | None:
         return (
             f"pool {spec.pool_id} cannot do workload {request.workload.value!r}; it does: {', '.join(spec.workloads)}"
         )
-    field = _lacking(spec, request)
-    if field is None:
-        return None
-    why = ""
-    if field in fields_about_tools(request):
-        why = ", since its model's chat template has no tools in a form that is known here"
-    return f"pool {spec.pool_id} ({spec.engine}) does not offer `{field}`{why}; leave it out"
+    if (field := _lacking(spec, request)) is not None:
+        why = ""
+        if field in fields_about_tools(request):
+            why = ", since its model's chat template has no tools in a form that is known here"
+        return f"pool {spec.pool_id} ({spec.engine}) does not offer `{field}`{why}; leave it out"
+    if request.determinism is Determinism.STRICT and not spec.can_be_strict:
+        return (
+            f"pool {spec.pool_id} ({spec.engine}) does not offer `determinism` strict: nobody here knows what else its "
+            "server runs; leave it out, or ask for best_effort"
+        )
+    return None
 
 
 def _lacking(spec: PoolSpec, request: TaskRequest) -> str | None:
@@ -97,7 +107,18 @@ def _lacking(spec: PoolSpec, request: TaskRequest) -> str | None:
     if request.sampling is not UNSET:
         names = ("min_p", "json_schema", "grammar")  # each a feature of that name
         asked += [(f"sampling.{name}", name) for name in names if getattr(request.sampling, name) is not None]
-    return next((field for field, feature in asked if feature not in spec.features), None)
+    lacking = [field for field, feature in asked if feature not in spec.features]
+    lacking += [name for name in spec.lacks if _asks_for(request, name)]
+    return lacking[0] if lacking else None
+
+
+def _asks_for(request: TaskRequest, field: str) -> bool:
+    """Whether the request has the field; of `kv_hint`, the one value that takes an engine's doing."""
+    if field == "kv_hint":
+        return request.kv_hint is KvHint.COLD
+    section, _, name = field.partition(".")
+    own = getattr(request, section)
+    return own is not UNSET and getattr(own, name) is not None
 
 
 def writes(request: TaskRequest) -> bool:

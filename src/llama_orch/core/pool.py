@@ -35,6 +35,9 @@ class PoolSpec:
     is_on_demand: bool = False  # made for a task, not by the configuration
     kv_bytes_per_token: int = 0
     aliases: tuple[str, ...] = ()  # other references that lead to the same file
+    can_be_strict: bool = True  # else a task that asks for `strict` is refused
+    is_known: bool = True  # false while a server elsewhere has not said yet what it does
+    lacks: tuple[str, ...] = ()  # fields that its engine cannot be given
 
     @property
     def speed_key(self) -> tuple[str, str]:

@@ -44,6 +44,14 @@ class EngineBusy(EngineError):
     """This machine has nothing left for one more request (descriptors, buffers); the worker is still sound."""
 
 
+class RunLost(EngineError):
+    """This one run broke off and cannot go on; of the worker it says nothing. `lost` tells if that is gone as well."""
+
+
+class RunStalled(RunLost):
+    """The same because no token came for longer than the job's idle limit."""
+
+
 class DecodeStalled(EngineError):
     """No token came for longer than the job's idle limit; the worker must be replaced."""
 
@@ -87,6 +95,8 @@ class EngineTraits:
     max_slots: int | None = None  # sequences per worker that the engine can run, None: no limit of its own
     strict_needs_exclusive: bool = True  # a strict task must have the whole replica (HP-DET-1)
     features: tuple[str, ...] = ()  # of: chat, grammar, json_schema, kv_reuse, logprobs, min_p, tools
+    can_be_strict: bool = True  # else a task that asks for `strict` is refused
+    is_remote: bool = False  # its replicas take nothing of this machine, and its models are no files here
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,21 +107,31 @@ class Offer:
     features: tuple[str, ...] = ()
     reads_whole_ctx: bool = False  # a text to read may fill the context; else one token has to stay free
     tool_syntax: str | None = None  # of core.tool_syntax.SYNTAXES, where the feature `tools` is
+    lacks: tuple[str, ...] = ()  # of kv_hint, sampling.top_k, sampling.repeat_penalty: what a task may not ask for
 
 
 @dataclass(frozen=True, slots=True)
 class ReplicaSpec:
-    """One worker to launch: one model on one device mask."""
+    """One worker to launch: one model on one device mask. `model_path` is None of a model elsewhere, which its
+    reference names; its slots and context are then what the server has."""
 
     replica_id: str
     pool_id: str
-    model_path: Path
+    model_path: Path | None
     slots: int
     ctx: int  # tokens per slot
-    backend: Literal["cuda", "cpu", "simulated"] = "cpu"
+    backend: Literal["cuda", "cpu", "simulated", "remote"] = "cpu"
     device_uuids: tuple[str, ...] = ()  # CUDA_VISIBLE_DEVICES; empty: no GPU is visible to the worker
     threads: int = 1
     tensor_split: tuple[float, ...] = ()
+    model: str = ""  # the reference
+
+    @property
+    def file(self) -> Path:
+        """The model's file, of an engine that loads files."""
+        if self.model_path is None:
+            raise LoadFailed(f"{self.model!r} is no file of this machine")
+        return self.model_path
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +145,7 @@ class WorkerFacts:
     pid: int | None = None
     buffer_bytes: Mapping[str, int] = field(default_factory=dict)
     # what the engine said it allocated, by "<device>/<what>": CUDA0/weights, CUDA0/kv, CPU/compute, CPU/output
+    offer: Offer | None = None  # what it does with the model, where only the worker itself can tell
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +159,7 @@ class Sampling:
     repeat_penalty: float = 1.0
     stop: tuple[str, ...] = ()
     grammar: str | None = None  # GBNF that the answer must match; `grammar_refusal` has passed it
+    json_schema: Mapping[str, object] | None = None  # what that grammar was made of, where it was one
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,6 +178,7 @@ class Job:
     kept_tokens: tuple[
         str, ...
     ] = ()  # texts of control tokens that belong to the answer; what is no token does not matter
+    messages: tuple[Mapping[str, Any], ...] = ()  # what the prompt was rendered of, where it was a conversation
 
 
 @dataclass(frozen=True, slots=True)

@@ -264,7 +264,7 @@ async def launch_worker(
     socket_path = process.folder / "engine.sock"
     api_key = secrets.token_hex(32)
     configuration = {
-        "model_path": str(spec.model_path.absolute()),
+        "model_path": str(spec.file.absolute()),
         "socket_path": str(socket_path),
         "api_key": api_key,
         "slots": spec.slots,

@@ -146,7 +146,7 @@ def _common(user: str | None, extras: Extras, served: Served, task_id: str) -> d
         "model_ref": served.model_ref,
         "engine": served.engine,
         "priority": extras.priority or Priority.INTERACTIVE,
-        "determinism": extras.determinism or Determinism.STRICT,
+        "determinism": UNSET if extras.determinism is None else extras.determinism,
         "deadline_ms": extras.deadline_ms,
     }
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 from msgspec import UNSET
 
-from llama_orch.contract.models import TaskRequest
+from llama_orch.contract.models import ChatMessage, TaskRequest
 from llama_orch.core import admission, refusals
 from llama_orch.core.pool import Pool
 from llama_orch.core.prediction import Predictor
@@ -125,11 +125,15 @@ async def render(worker: Worker, request: TaskRequest) -> Sequence[str]:
     """The request's prompts; a conversation goes through the model's own template."""
     if request.messages is None:
         return raw_prompts(request)
-    messages: list[Message] = [message_in_full(message) for message in request.messages]
     tools: list[Message] | None = None
     if request.tools is not UNSET:
         tools = [tool_in_full(function) for function in request.tools.functions]
-    return [await worker.render_chat(messages, tools)]
+    return [await worker.render_chat(plain(request.messages), tools)]
+
+
+def plain(messages: Sequence[ChatMessage]) -> list[Message]:
+    """The conversation as engines are given it."""
+    return [message_in_full(message) for message in messages]
 
 
 def raw_prompts(request: TaskRequest) -> Sequence[str]:

@@ -13,6 +13,7 @@ from llama_orch.contract.models import FinishReason, KvHint, TaskRequest, Worklo
 from llama_orch.core import admission
 from llama_orch.core.task import Outcome, Task
 from llama_orch.engines.base import Chunk, Completion, Job, KvReuse, Reading, ReadJob, Sampling, Worker
+from llama_orch.runtime import intake
 from llama_orch.runtime.answer import AnswerWriter, syntax_of
 from llama_orch.runtime.streams import TaskStream
 
@@ -47,6 +48,7 @@ def sampling_of(request: TaskRequest, profile: SamplerProfileSettings, grammar: 
         repeat_penalty=chosen("repeat_penalty"),
         stop=() if own is UNSET or own.stop is None else tuple(own.stop),
         grammar=grammar,
+        json_schema=None if own is UNSET else own.json_schema,
     )
 
 
@@ -115,6 +117,7 @@ def _job(task: Task, prompt: str, number: int, given: Assignment) -> Job:
         idle_timeout_s=given.idle_timeout_s,
         logprobs=task.request.logprobs,
         kept_tokens=() if (syntax := syntax_of(task)) is None else syntax.kept,
+        messages=() if task.request.messages is None else tuple(intake.plain(task.request.messages)),
     )
 
 

@@ -29,6 +29,9 @@ from llama_orch.contract.models import (
 )
 from llama_orch.core import admission, queue, replica, scheduler
 from llama_orch.engines import http_worker, likelihoods
+from llama_orch.engines.base import EngineBusy, RunLost
+from llama_orch.engines.remote import client as remote_client
+from llama_orch.engines.remote import worker as remote_worker
 from llama_orch.errors import AdmissionReject, Conflict, LlorchError, NotFound, Unauthorized
 from llama_orch.observe import metrics
 from llama_orch.openai import answers, tools
@@ -566,3 +569,45 @@ def held_back_tokens_told_at_once() -> None:
         return found or ((likelihoods.TextLikelihood("", -1.0),) if event.completion_probabilities else ())
 
     likelihoods.Likelihoods.of = of
+
+
+# -- servers elsewhere -----------------------------------------------------------------------------------------------
+
+BROKEN = "tests/engines/remote/test_broken.py"
+
+
+@defect(Tests(BROKEN, "test_what_breaks_before_the_first_token_is_tried_again[500]"))
+def broken_run_not_tried_again() -> None:
+    """A run that a server elsewhere fails before its first token ends its task at once."""
+
+    async def broke(self: Any, error: Exception, *, may_retry: bool) -> None:
+        raise RunLost(str(error))
+
+    remote_worker._Tries.broke = broke
+
+
+@defect(Tests(BROKEN, "test_what_breaks_later_is_over[nothing]"))
+def run_begun_twice() -> None:
+    """A run that breaks after its first token is tried again, and its client reads the beginning twice."""
+    original = remote_worker._Tries.broke
+
+    async def broke(self: Any, error: Any, *, may_retry: bool) -> None:
+        await original(self, error, may_retry=True)
+
+    remote_worker._Tries.broke = broke
+
+
+@defect(Tests("tests/engines/remote/test_runs.py", "test_a_busy_server_is_waited_for[429]"))
+def busy_server_fails_the_task() -> None:
+    """A task that a server elsewhere has no room for now ends with an error."""
+
+    def was_busy(self: Any, error: Exception) -> None:
+        raise EngineBusy(str(error))
+
+    remote_worker._Tries.was_busy = was_busy
+
+
+@defect(Tests(BROKEN, "test_the_jobs_own_fault[400]"))
+def key_in_an_error() -> None:
+    """What a server elsewhere says is passed on with the key that it repeats."""
+    remote_client.RemoteClient.said = lambda self, text: text[:300]
