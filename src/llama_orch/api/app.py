@@ -15,6 +15,7 @@ from llama_orch.api.auth import security_map
 from llama_orch.api.catalog import Catalog
 from llama_orch.api.documents import Documents, merged_document
 from llama_orch.api.edge import Edge
+from llama_orch.api.lean_connexion import checked_before
 from llama_orch.api.openai import OpenAi
 from llama_orch.api.openai_run import Waiters
 from llama_orch.api.outbound import Outbound
@@ -51,10 +52,11 @@ def build_app(service: Service, *, token: str, settings: Settings, validate_resp
         "llama_orch",
         middlewares=[StrictRouting, SecurityMiddleware, RequestCheck, *response_check, LifespanMiddleware],
     )
-    app.add_api(
-        merged_document(metrics_are_open=not settings.metrics.require_token),
-        resolver=Resolver(lambda operation_id: getattr(handlers, handler_name(operation_id))),
-        security_map=security_map(token),
-        validate_responses=validate_responses,
-    )
+    with checked_before():
+        app.add_api(
+            merged_document(metrics_are_open=not settings.metrics.require_token),
+            resolver=Resolver(lambda operation_id: getattr(handlers, handler_name(operation_id))),
+            security_map=security_map(token),
+            validate_responses=validate_responses,
+        )
     return Edge(Documents(app), settings.server)

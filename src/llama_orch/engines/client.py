@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable
-from contextlib import suppress
+from contextlib import aclosing, suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -217,37 +217,41 @@ class CompletionStream:
         self._idle = _IdleWatch(idle_timeout_s, self._exchange.close)
 
     async def events(self) -> AsyncGenerator[CompletionEvent, None]:
-        """Events up to the terminal one (`stop`). Raises JobRefused, DecodeStalled, or WorkerLost when the stream ends
-        without its terminal event. The caller closes the stream, so that a cancel may still look at it."""
+        """The events of `batches`, one by one."""
+        async with aclosing(self.batches()) as batches:
+            async for batch in batches:
+                for event in batch:
+                    yield event
+
+    async def batches(self) -> AsyncGenerator[list[CompletionEvent], None]:
+        """Events up to the terminal one (`stop`), as many at a time as have come. Raises JobRefused, DecodeStalled, or
+        WorkerLost when the stream ends without its terminal event. The caller closes the stream, so that a cancel may
+        still look at it."""
         try:
             self._idle.start()
             await self._exchange.send("POST", "/completion", self._api_key, _to_json(self._body))
             if await self._exchange.read_head() != 200:
                 raise _refusal(self._exchange.http_status, await self._exchange.read_all())
-            async for event in self._decoded():
-                yield event
+            tail = b""
+            while data := await self._next_data():
+                *lines, tail = (tail + data).split(b"\n")
+                if len(tail) > _LINE_BYTES_MAX:
+                    raise WorkerLost("the worker sent a line longer than any honest one")
+                events, trouble = _events_of(lines)
+                if events:
+                    self._idle.touch()
+                    yield events
+                    if events[-1].stop:
+                        return
+                if trouble is not None:
+                    raise trouble
+            raise WorkerLost("the stream ended without its terminal event")
         except WorkerLost as error:
             if self._idle.has_fired:
                 raise DecodeStalled(f"no token came for {self._idle.seconds:g} s") from error
             raise
         finally:
             self._idle.stop()
-
-    async def _decoded(self) -> AsyncGenerator[CompletionEvent, None]:
-        tail = b""
-        while data := await self._next_data():
-            *lines, tail = (tail + data).split(b"\n")
-            if len(tail) > _LINE_BYTES_MAX:
-                raise WorkerLost("the worker sent a line longer than any honest one")
-            for line in lines:
-                event = _event_of(line)
-                if event is None:
-                    continue
-                self._idle.touch()
-                yield event
-                if event.stop:
-                    return
-        raise WorkerLost("the stream ended without its terminal event")
 
     async def _next_data(self) -> bytes:
         self._idle.is_waiting = True
@@ -342,6 +346,23 @@ def completion_body(job: Job, slots: int) -> CompletionBody:
         else max(1, job.logprobs),  # of 0 it would not tell the token's own
         preserved_tokens=job.kept_tokens or msgspec.UNSET,
     )
+
+
+def _events_of(lines: list[bytes]) -> tuple[list[CompletionEvent], EngineError | None]:
+    """Those of the lines up to the terminal one, and what is wrong with the line behind them."""
+    events: list[CompletionEvent] = []
+    for line in lines:
+        if not line:  # every other one
+            continue
+        try:
+            event = _event_of(line)
+        except EngineError as error:
+            return events, error
+        if event is not None:
+            events.append(event)
+            if event.stop:
+                break
+    return events, None
 
 
 def _event_of(line: bytes) -> CompletionEvent | None:

@@ -127,16 +127,17 @@ class HttpWorker:
         last = CompletionEvent()
         likelihoods = Likelihoods(job.logprobs)
         try:
-            async for event in stream.events():
-                new = event.tokens_predicted - last.tokens_predicted
-                if new < 0:
-                    raise WorkerLost("the engine counts its tokens backwards")
-                if tokens is not None and new and self._exact is not None:
-                    self._exact.keep(job.slot, tokens)
-                    tokens = None
-                last = event
-                if event.content or new:
-                    yield Chunk(event.content, new, likelihoods.of(event))
+            async for batch in stream.batches():
+                for event in batch:
+                    new = event.tokens_predicted - last.tokens_predicted
+                    if new < 0:
+                        raise WorkerLost("the engine counts its tokens backwards")
+                    if tokens is not None and new and self._exact is not None:
+                        self._exact.keep(job.slot, tokens)
+                        tokens = None
+                    last = event
+                    if event.content or new:
+                        yield Chunk(event.content, new, likelihoods.of(event))
         except GeneratorExit:
             await self._cancel(stream, job)
             raise

@@ -43,9 +43,12 @@ class AnswerWriter:
             self._reader = CallReader(syntax, lambda index: call_id(task.task_id, index), opens_only=opens_only)
 
     def write(self, chunk: Chunk) -> None:
-        self._likelihoods += map(_told, chunk.likelihoods)
+        if chunk.likelihoods:
+            self._likelihoods += map(_told, chunk.likelihoods)
         if self._reader is None:
-            self._say(Piece(chunk.text))
+            if chunk.text:
+                self._stream.token(chunk.text, None, self._likelihoods)
+                self._likelihoods = []
             return
         for piece in self._reader.feed(chunk.text):
             self._say(piece)
