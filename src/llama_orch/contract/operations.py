@@ -85,7 +85,7 @@ OPERATIONS: dict[str, Operation] = {
     'createArtifact': Operation(
         'createArtifact', 'control', 'POST', '/v1/artifacts', Artifact,
         (),
-        (200, 201, 400, 401, 403, 404, 413, 415, 507), is_open=False,
+        (200, 201, 400, 401, 403, 404, 413, 415, 503, 507), is_open=False,
     ),
     'listOpenAiModels': Operation(
         'listOpenAiModels', 'openai', 'GET', '/v1/models', None,
@@ -123,7 +123,7 @@ OPERATIONS: dict[str, Operation] = {
     'createCatalogModel': Operation(
         'createCatalogModel', 'control', 'POST', '/v1/catalog/models', CatalogModelRequest,
         (),
-        (200, 201, 400, 401, 403, 409, 413, 415, 507), is_open=False,
+        (200, 201, 400, 401, 403, 409, 413, 415, 503, 507), is_open=False,
     ),
     'fetchUrl': Operation(
         'fetchUrl', 'control', 'POST', '/v1/tools/fetch', FetchRequest,
@@ -185,7 +185,7 @@ OPERATIONS: dict[str, Operation] = {
         (
             Parameter('id', 'path', Annotated[str, Meta(min_length=1, max_length=64)], True, None),
         ),
-        (202, 400, 401, 403, 404, 413, 415, 507), is_open=False,
+        (202, 400, 401, 403, 404, 413, 415, 503, 507), is_open=False,
     ),
     'getTask': Operation(
         'getTask', 'data', 'GET', '/v1/tasks/{id}', None,
@@ -262,7 +262,7 @@ OPERATIONS: dict[str, Operation] = {
         (
             Parameter('id', 'path', Annotated[str, Meta(min_length=1, max_length=64)], True, None),
         ),
-        (202, 400, 401, 403, 404, 413, 415), is_open=False,
+        (202, 400, 401, 403, 404, 413, 415, 503), is_open=False,
     ),
     'reloadPool': Operation(
         'reloadPool', 'control', 'POST', '/v1/pools/{id}/reload', ReloadRequest,
