@@ -1,5 +1,5 @@
-"""How much memory the bodies of requests may take, all together. What came of a body is counted until its answer begins:
-until then it is read, checked, or waits, for the one writer of the stores as a rule (HP-ERR-2)."""
+"""How much memory the bodies of requests may take, all together. What came of a body is counted until its answer
+begins: until then it is read, checked, or waits, for the one writer of the stores as a rule (HP-ERR-2)."""
 
 from __future__ import annotations
 

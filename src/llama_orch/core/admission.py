@@ -169,6 +169,13 @@ def evaluations(request: TaskRequest, counts: Sequence[int]) -> list[int]:
     return list(counts)
 
 
+def texts(request: TaskRequest) -> Sequence[str]:
+    """The prompts that need no template; none for `messages`."""
+    if request.prompt is not None:
+        return [request.prompt]
+    return request.inputs or []
+
+
 def token_bound(text: str) -> int:
     """The most tokens that any tokenizer can make of the text."""
     return len(text.encode()) + EXTRA_TOKENS
@@ -219,6 +226,24 @@ def check_bounds(request: TaskRequest, spec: PoolSpec, token_bounds: Sequence[in
             retry_after_ms=1000,
         )
     return max_tokens
+
+
+def refusal_after_all(request: TaskRequest, spec: PoolSpec, bounds: Sequence[int]) -> InvalidParams | None:
+    """Why a task that was admitted before anything was known of its model cannot run on it. `bounds`: of its prompts,
+    in tokens."""
+    if request.engine not in (None, spec.engine):
+        return InvalidParams(f"the model is served by engine {spec.engine}; leave `engine` out", engine=spec.engine)
+    if (reason := incapacity(spec, request)) is not None:
+        return InvalidParams(reason, engine=spec.engine)
+    asked = request.max_tokens or 0 if writes(request) else 0
+    needed = max(request.ctx or 0, max(bounds, default=0) + asked)
+    if needed > spec.ctx:
+        return InvalidParams(
+            f"the model has a context of {spec.ctx} tokens, and the task may need {needed}; ask for less",
+            engine=spec.engine,
+            details={"ctx": needed, "pool_ctx": spec.ctx},
+        )
+    return None
 
 
 def task_of(

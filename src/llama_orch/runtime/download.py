@@ -61,6 +61,11 @@ def url_of(source: str, env: Mapping[str, str]) -> tuple[str, dict[str, str]]:
     return url, {"authorization": f"Bearer {token}"} if token else {}
 
 
+def note_of(partial: Path) -> Path:
+    """Where that which is known of a partial file stands."""
+    return partial.with_suffix(".json")
+
+
 class Note(msgspec.Struct, frozen=True, kw_only=True):
     """What is known of a partial file."""
 
@@ -94,7 +99,7 @@ class Download:
         self._outbound = outbound
         self._url, self._headers = url_of(source, env)
         self._partial = partial
-        self._note_path = partial.with_suffix(".json")
+        self._note_path = note_of(partial)
         self._progress = progress
         self._size_bytes = size_bytes
         self._sleep = sleep

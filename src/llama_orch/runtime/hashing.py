@@ -23,6 +23,20 @@ Examine = Callable[[Path, Progress, Callable[[], float]], Awaitable[Finding]]
 _LINE_BYTES_MAX = 1 << 16
 
 
+class Hashing:
+    """A verification that is under way."""
+
+    def __init__(self) -> None:
+        self.is_running = False
+        self.read_bytes = 0
+        self.total_bytes: int | None = None
+        self.began_s: float | None = None
+        self.done = asyncio.Event()
+
+    def progress(self, read_bytes: int, total_bytes: int) -> None:
+        self.read_bytes, self.total_bytes = read_bytes, total_bytes
+
+
 class HashingProcess:
     """Examines one file at a time for each call. `digests` remembers."""
 

@@ -102,7 +102,7 @@ class Intake:
 
     def _bounded(self, pool: Pool, request: TaskRequest, now: float) -> Measured:
         """Without a worker to ask, only what fits by its bytes is let in."""
-        prompts = raw_prompts(request)
+        prompts = admission.texts(request)
         asked = (request.max_tokens or 1) if admission.writes(request) else 0
         bounds = admission.token_bounds(request, prompts)
         if bounds and all(bound + asked <= pool.spec.ctx for bound in bounds):
@@ -118,13 +118,6 @@ async def count(worker: Worker, request: TaskRequest, prompts: Sequence[str]) ->
 async def render(worker: Worker, request: TaskRequest) -> Sequence[str]:
     """The request's prompts; a conversation goes through the model's own template."""
     if request.messages is None:
-        return raw_prompts(request)
+        return admission.texts(request)
     messages = [{"role": message.role.value, "content": message.content} for message in request.messages]
     return [await worker.render_chat(messages)]
-
-
-def raw_prompts(request: TaskRequest) -> Sequence[str]:
-    """The prompts that need no template; none for `messages`."""
-    if request.prompt is not None:
-        return [request.prompt]
-    return request.inputs or []

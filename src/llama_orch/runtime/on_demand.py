@@ -82,6 +82,45 @@ class Shelf:
         self._pool_settings[draft.settings.id] = draft.settings
         return built.pool
 
+    # -- a pool for a model whose file is still to come ----------------------------------------------------------------
+
+    def arriving(self, request: TaskRequest) -> Pool:
+        """A pool in whose queue the task can wait. Of its model nothing is known yet: who names no context is promised
+        the least that an automatic one is lowered to. Raises InvalidParams, ReplicaExhausted."""
+        names = self._engine_names(request)
+        if not names:
+            raise self._not_served(request, [])
+        model = Model(request.model_ref, Path(request.model_ref), None, lambda ctx, slots, backend: None)
+        settings = self._settings_for(names[0], model, request.ctx or CTX_AUTO_MIN)
+        self._make_room()
+        pool = self._builder.arriving(settings, model)
+        self._scheduler.fleet.add(pool)
+        self._pool_settings[settings.id] = settings
+        return pool
+
+    async def arrived(self, pool: Pool, request: TaskRequest) -> Built | None:
+        """The replicas of such a pool, now that the file is there; None where the pool has gone. Raises what keeps its
+        model from being served."""
+        try:
+            model = await self._look(pool.spec.model)
+        except ModelNotFound as error:
+            raise NotFound(str(error)) from error
+        if not any(one is pool for one in self._scheduler.fleet.every_pool()):
+            return None
+        self._bars.check_file(pool.spec.model, model.path)
+        draft = self._draft(model, request)
+        draft.settings = structs.replace(draft.settings, id=pool.spec.pool_id)
+        built = self._builder.build(draft, state=ReplicaState.UNLOADED, is_on_demand=True)
+        built.pool.spec = replace(built.pool.spec, aliases=pool.spec.aliases)
+        self._replicas.add(built.workers)
+        self._pool_settings[draft.settings.id] = draft.settings
+        return built
+
+    def withdraw_arriving(self, pool: Pool) -> None:
+        """Its file does not come."""
+        if pool.spec.pool_id not in self._scheduler.pools:
+            self._pool_settings.pop(pool.spec.pool_id, None)
+
     def _may_be_named(self, reference: str) -> bool:
         entry = self._catalog.book.find(reference)
         if entry is not None:
@@ -93,20 +132,20 @@ class Shelf:
         """A pool that has the same file under another name; it answers to this name from now on."""
         for pool in self._scheduler.pools.values():
             is_able = request.engine in (None, pool.spec.engine) and (request.ctx or 0) <= pool.spec.ctx
-            paths = {self._replicas.spec(replica_id).model_path for replica_id in pool.replicas}
-            if is_able and model.path in paths:
+            if is_able and model.path in self._paths(pool):
                 if not pool.serves(request.model_ref):
                     aliases = (*pool.spec.aliases, request.model_ref)[-ALIASES_MAX:]
                     pool.spec = replace(pool.spec, aliases=aliases)
                 return pool
         return None
 
+    def _paths(self, pool: Pool) -> set[Path | None]:
+        return {self._replicas.spec(replica_id).model_path for replica_id in pool.replicas}
+
     def _draft(self, model: Model, request: TaskRequest) -> Draft:
         """The first engine that takes the model, with as much context as was asked for or as fits."""
         problems = []
-        names = [name for name in _ENGINES if name in self._builder.engines]
-        names = names if len(names) == 1 else [name for name in names if name != "simulated"]
-        for name in [name for name in names if request.engine in (None, name)]:
+        for name in self._engine_names(request):
             ctx = request.ctx or self._ctx_auto(model)
             problem = model_problem(self._builder.engines[name], model, ctx)
             if problem is None and request.workload not in self._builder.engines[name].offer(model.path).workloads:
@@ -114,8 +153,21 @@ class Shelf:
             if problem is None:
                 return self._seated(name, model, ctx, is_ctx_asked=request.ctx is not None)
             problems.append(f"{name}: {problem}")
-        given = "; ".join(problems) or f"there is no engine {request.engine!r}; there are: {', '.join(names)}"
-        raise InvalidParams(f"{request.model_ref!r} cannot be served: {given}", engine=request.engine)
+        raise self._not_served(request, problems)
+
+    def _engine_names(self, request: TaskRequest) -> list[str]:
+        """Those that the task lets choose from."""
+        return [name for name in self._all_engine_names() if request.engine in (None, name)]
+
+    def _all_engine_names(self) -> list[str]:
+        """A simulated one is for a rehearsal only, where there is no other."""
+        names = [name for name in _ENGINES if name in self._builder.engines]
+        return names if len(names) == 1 else [name for name in names if name != "simulated"]
+
+    def _not_served(self, request: TaskRequest, problems: list[str]) -> InvalidParams:
+        known = ", ".join(self._all_engine_names())
+        given = "; ".join(problems) or f"there is no engine {request.engine!r}; there are: {known}"
+        return InvalidParams(f"{request.model_ref!r} cannot be served: {given}", engine=request.engine)
 
     @staticmethod
     def _ctx_auto(model: Model) -> int:
@@ -167,14 +219,15 @@ class Shelf:
             raise ReplicaExhausted(
                 f"{POOLS_MAX} models are loaded on demand, which is the limit; repeat later", retry_after_ms=10_000
             )
-        oldest = min(idle, key=lambda pool: max(replica.last_used_s for replica in pool.replicas.values()))
+        oldest = min(idle, key=lambda pool: max((r.last_used_s for r in pool.replicas.values()), default=0.0))
         self._scheduler.fleet.remove(oldest)
         del self._pool_settings[oldest.spec.pool_id]
 
-    def forget(self, model_id: str) -> None:
-        """No pool answers to the name of a model that was deleted from the catalog; one that was made for it goes."""
+    def forget(self, model_id: str, file: Path | None) -> None:
+        """No pool answers to the name of a model that was deleted from the catalog; one that was made for it goes, or
+        for the `file` that was fetched of it, whatever its name was."""
         for pool in list(self._scheduler.pools.values()):
-            if pool.spec.model == model_id and pool.spec.is_on_demand:
+            if pool.spec.is_on_demand and (pool.spec.model == model_id or file in self._paths(pool)):
                 self._scheduler.fleet.remove(pool)
                 del self._pool_settings[pool.spec.pool_id]
         for pool in self._scheduler.fleet.every_pool():
@@ -242,8 +295,8 @@ def _fits_nowhere(draft: Draft) -> InvalidParams:
 
 
 def _pool_id(engine: str, model: Model, ctx: int) -> str:
-    """Readable, and one for each file, engine and context."""
-    kind, _, rest = model.reference.partition(":")
+    """Readable, and one for each file, engine and context. What follows a `?` may be a secret."""
+    kind, _, rest = model.reference.partition("?")[0].partition(":")
     name = re.sub(r"[^A-Za-z0-9._-]", "-", Path(rest).stem if kind == "file" else rest or kind)[:40]
     digest = hashlib.sha256(f"{model.path}|{engine}|{ctx}".encode()).hexdigest()
     return f"on-demand-{name}-{digest[:6]}"

@@ -20,7 +20,7 @@ from llama_orch.clock import Clock, new_id, new_seed
 from llama_orch.context import correlation_id
 from llama_orch.contract.config import Settings
 from llama_orch.contract.models import MetricsFrame, ModelState, TaskRequest, TaskState
-from llama_orch.core import admission
+from llama_orch.core import admission, refusals
 from llama_orch.core.effects import Abort, Admitted, Effect, Ended, Evict, Forget, Start
 from llama_orch.core.pool import Pool
 from llama_orch.core.prediction import Outlook
@@ -31,6 +31,7 @@ from llama_orch.models.catalog import Entry
 from llama_orch.observe.journal import Journal
 from llama_orch.runtime import views
 from llama_orch.runtime.archive import Archive
+from llama_orch.runtime.arrivals import Arrivals
 from llama_orch.runtime.bars import Bars
 from llama_orch.runtime.builder import Builder
 from llama_orch.runtime.catalog import Catalog
@@ -74,6 +75,7 @@ class Orchestrator:
         self.catalog = catalog
         self.bars = Bars(catalog, scheduler, replicas, clock, self._perform_and_wake)
         self._shelf = Shelf(settings, builder, scheduler, replicas, look, catalog, self.bars)
+        self._arrivals = Arrivals(settings, scheduler, catalog, self._shelf, clock, self._perform_and_wake)
         self._keeper = Keeper(
             scheduler,
             replicas,
@@ -101,7 +103,7 @@ class Orchestrator:
         """Serve until canceled: start every replica, keep time. On the way out all workers are stopped."""
         async with asyncio.TaskGroup() as group:
             self._group = group
-            self.catalog.bind(self._spawn, self.bars.look_again)
+            self.catalog.bind(self._spawn, self.bars.look_again, self._arrivals.settled)
             self.bars.begin()
             await self.catalog.begin()
             self.bars.begin()  # now that links have been followed
@@ -166,8 +168,10 @@ class Orchestrator:
             if earlier is not None:
                 return earlier
             self.archive.check(request)
-            await self.bars.check(request.model_ref)
-            pool = await self._pool_for(request)
+            pool = await self._arrivals.pool_for(request)
+            if pool is None:
+                await self.bars.check(request.model_ref)
+                pool = await self._pool_for(request)
             admission.check_request(request, pool.spec, self._settings.sampler_profiles)
             self.scheduler.gate.check_room(pool, request, self._clock.now())  # before it costs anything
             return self._admit(pool, request, await self._intake.measure(pool, request, self._clock.now()))
@@ -194,6 +198,8 @@ class Orchestrator:
             self._wake.set()
 
     def _admit(self, pool: Pool, request: TaskRequest, measured: Measured) -> Task:
+        if pool.spec.pool_id not in self.scheduler.pools:
+            raise refusals.went(pool)
         bounds = admission.token_bounds(request, measured.prompts) if measured.counts is None else []
         self._keeper.look_at_devices()
         verdict = self.scheduler.submit(
@@ -343,8 +349,9 @@ class Orchestrator:
         return entry
 
     async def delete_model(self, model_id: str) -> None:
+        file = self.catalog.file_of(await self.catalog.get(model_id))
         await self.catalog.remove(model_id, self.bars.hindrance)
-        self._shelf.forget(model_id)
+        self._shelf.forget(model_id, file)
         self.bars.look_again()
 
     # -- time ----------------------------------------------------------------------------------------------------------
