@@ -25,7 +25,7 @@ class Hub:
     has_ranges: bool = True
     faults: list[Any] = field(default_factory=list)
     heard: list[tuple[str, dict[str, str]]] = field(default_factory=list)
-    hold_after: int | None = None  # bytes; then it waits for `go_on`
+    hold_after: int | None = None  # bytes of the next answer; then it waits for `go_on`
     held: threading.Event = field(default_factory=threading.Event)
     go_on: threading.Event = field(default_factory=threading.Event)
     slow_after: int | None = None  # bytes of the file; then it comes in small pieces, SLOW_S apart
@@ -121,5 +121,5 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.flush()
             self.hub.held.set()
             self.hub.go_on.wait()
-            return
+            body = body[hold:]
         self.wfile.write(body[:first])

@@ -56,7 +56,7 @@ OPERATIONS: dict[str, Operation] = {
     'createTask': Operation(
         'createTask', 'data', 'POST', '/v1/tasks', TaskRequest,
         (),
-        (202, 400, 401, 403, 404, 409, 413, 415, 429, 503), is_open=False,
+        (202, 400, 401, 403, 404, 409, 413, 415, 429, 503, 507), is_open=False,
     ),
     'getCapabilities': Operation(
         'getCapabilities', 'control', 'GET', '/v1/capabilities', None,
@@ -100,7 +100,7 @@ OPERATIONS: dict[str, Operation] = {
             Parameter('X-Deadline-Ms', 'header', Annotated[int, Meta(ge=1, le=31536000000)], False, None),
             Parameter('X-Determinism', 'header', Determinism, False, None),
         ),
-        (200, 400, 401, 403, 404, 409, 413, 415, 429, 503, 504), is_open=False,
+        (200, 400, 401, 403, 404, 409, 413, 415, 429, 502, 503, 504, 507), is_open=False,
     ),
     'createEmbedding': Operation(
         'createEmbedding', 'openai', 'POST', '/v1/embeddings', OpenAiEmbeddingRequest,
@@ -110,7 +110,7 @@ OPERATIONS: dict[str, Operation] = {
             Parameter('X-Deadline-Ms', 'header', Annotated[int, Meta(ge=1, le=31536000000)], False, None),
             Parameter('X-Determinism', 'header', Determinism, False, None),
         ),
-        (200, 400, 401, 403, 404, 409, 413, 415, 429, 503, 504), is_open=False,
+        (200, 400, 401, 403, 404, 409, 413, 415, 429, 502, 503, 504, 507), is_open=False,
     ),
     'listCatalogModels': Operation(
         'listCatalogModels', 'control', 'GET', '/v1/catalog/models', None,
@@ -138,7 +138,7 @@ OPERATIONS: dict[str, Operation] = {
             Parameter('X-Deadline-Ms', 'header', Annotated[int, Meta(ge=1, le=31536000000)], False, None),
             Parameter('X-Determinism', 'header', Determinism, False, None),
         ),
-        (200, 400, 401, 403, 404, 409, 413, 415, 429, 503, 504), is_open=False,
+        (200, 400, 401, 403, 404, 409, 413, 415, 429, 502, 503, 504, 507), is_open=False,
     ),
     'checkOutbound': Operation(
         'checkOutbound', 'control', 'POST', '/v1/policy/outbound/check', OutboundCheck,
