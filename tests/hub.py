@@ -23,6 +23,7 @@ class Hub:
     content: bytes
     etag: str | None = '"v1"'
     has_ranges: bool = True
+    length: str = "said"  # or `chunked`, or `unsaid`: the end of the connection is the end of the file
     faults: list[Any] = field(default_factory=list)
     heard: list[tuple[str, dict[str, str]]] = field(default_factory=list)
     hold_after: int | None = None  # bytes of the next answer; then it waits for `go_on`
@@ -108,7 +109,12 @@ class _Handler(BaseHTTPRequestHandler):
     ) -> None:
         """`first`: bytes that are sent here, of those that are announced."""
         self.send_response(status)
-        self.send_header("Content-Length", str(len(body) - (fault == "more")))
+        how = self.hub.length if body else "said"
+        if how == "said":
+            self.send_header("Content-Length", str(len(body) - (fault == "more")))
+        elif how == "chunked":
+            self.send_header("Transfer-Encoding", "chunked")
+            body = b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body)
         for name, value in headers.items():
             self.send_header(name, value)
         self.end_headers()

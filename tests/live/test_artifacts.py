@@ -14,7 +14,7 @@ import httpx
 import pytest
 
 from tests.live.client import LIMIT_S, finish, open_client, until
-from tests.live_service import LiveService, live_service
+from tests.live_service import live_service
 from tests.stores.conftest import fill, small_disk
 
 __all__ = ["fill", "small_disk"]

@@ -1,5 +1,5 @@
-"""Tasks that have their model fetched (`on_demand.fetch`), on the real service and llama.cpp: from a hub that is played on
-loopback."""
+"""Tasks that have their model fetched (`on_demand.fetch`), on the real service and llama.cpp: from a hub that is played
+on loopback."""
 
 from __future__ import annotations
 

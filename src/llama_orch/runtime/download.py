@@ -126,7 +126,7 @@ class Download:
     async def _attempt(self) -> None:
         note = self._note()
         kept = 0 if note is None else note.kept_bytes
-        limits = Limits(self._bytes_max(), total_s=None)
+        limits = Limits(FILE_BYTES_MAX, total_s=None)
         asked = {} if note is None else {"range": f"bytes={kept}-", "if-range": note.etag}
         try:
             fetch = self._outbound.fetch(self._url, purpose="model", limits=limits, headers=self._headers | asked)
@@ -142,7 +142,12 @@ class Download:
         match reply.http_status:
             case HTTPStatus.OK:
                 length = reply.headers.get("content-length", "")
-                return 0, self._total(int(length) if length.isdecimal() and len(length) < 19 else None)
+                total = self._total(int(length) if length.isdecimal() and len(length) < 19 else None)
+                if total is None and "chunked" not in reply.headers.get("transfer-encoding", ""):
+                    raise _Refused(  # a connection that breaks would look like the file's end
+                        f"{reply.target.host} does not say how large the file is; declare its size in a manifest"
+                    )
+                return 0, total
             case HTTPStatus.PARTIAL_CONTENT:
                 found = _range(reply.headers.get("content-range", ""))
                 if found is None or int(found[1]) != kept:
@@ -159,12 +164,13 @@ class Download:
     def _total(self, total: int | None) -> int | None:
         if total is not None and self._size_bytes not in (None, total):
             raise _Refused(f"the file has {total} bytes there, and {self._size_bytes} were declared")
+        total = self._size_bytes if total is None else total
         if total is not None and total > self._bytes_max():
             raise StorageUnavailable(f"the file has {total} bytes, for which there is no room; free some space")
-        return self._size_bytes if total is None else total
+        return total
 
     def _bytes_max(self) -> int:
-        """What may still come without filling the disk."""
+        """How large the file may get without filling the disk."""
         held = self._partial.stat().st_size if self._partial.exists() else 0
         room = shutil.disk_usage(self._partial.parent).free - SPARE_BYTES + held
         return max(0, min(FILE_BYTES_MAX, room))
@@ -172,7 +178,7 @@ class Download:
     async def _receive(self, reply: Reply, start: int, total: int | None) -> None:
         etag = reply.headers.get("etag", "")
         etag = etag if _strong_etag(etag) else ""
-        received = start
+        received, received_max = start, self._bytes_max()
         self._progress(received, total)
         with self._opened(start) as file:
             try:
@@ -183,6 +189,8 @@ class Download:
                     received += len(chunk)
                     if total is not None and received > total:
                         raise _TryAgain(f"{reply.target.host} sends more than it said")
+                    if received > received_max:  # it did not say
+                        raise StorageUnavailable(f"there is no room for more than {received_max} bytes of the file")
                     self._progress(received, total)
                     if held >= SYNC_BYTES:
                         await asyncio.to_thread(self._write, file, pieces, etag)
@@ -204,7 +212,9 @@ class Download:
 
     def _write(self, file: BinaryIO, pieces: list[bytes], etag: str) -> None:
         """First the bytes, then the note that they are there."""
-        file.write(b"".join(pieces))
+        left = memoryview(b"".join(pieces))
+        while left:  # on a disk that gets full a write takes less than it was given, and only the next one fails
+            left = left[file.write(left) :]
         os.fsync(file.fileno())
         if etag:
             note = msgspec.json.encode(Note(url=self._url, etag=etag, kept_bytes=file.tell()))

@@ -17,7 +17,7 @@ import msgspec
 from msgspec import structs
 
 from llama_orch.contract.models import FetchState, ModelFetch
-from llama_orch.errors import LlorchError, PolicyDenied, UpstreamFailed
+from llama_orch.errors import Internal, LlorchError, PolicyDenied, UpstreamFailed
 from llama_orch.models import trust
 from llama_orch.models.catalog import Entry, Finding
 from llama_orch.models.digest import file_key
@@ -217,6 +217,11 @@ class Fetches:
             log.warning("the fetch of model %s failed: %s", entry.id, error.message)
             fetch.put(FetchState.FAILED, error.message)
             await self._keeper.fetch_failed(entry, error)
+        except Exception:  # one fetch must not end the service
+            log.exception("the fetch of model %s failed in an unforeseen way", entry.id)
+            failure = Internal("the fetch failed inside the service, which is a defect; its log says how")
+            fetch.put(FetchState.FAILED, failure.message)
+            await self._keeper.fetch_failed(entry, failure)
         else:
             log.info("model %s was fetched: %d bytes", entry.id, fetch.received_bytes)
             fetch.put(FetchState.DONE)

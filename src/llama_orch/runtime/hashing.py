@@ -51,7 +51,10 @@ class HashingProcess:
         if known is not None:
             key, digest, size_bytes = known
             return Finding(at_s=wall(), key=key, digest=digest, size_bytes=size_bytes)
-        said = await _hashed(path, progress)
+        try:
+            said = await _hashed(path, progress)
+        except OSError as error:  # no process can be started: too many are running, or no descriptor is left
+            return Finding(at_s=wall(), error=f"no process could read the file: {error.strerror}; verify it again")
         if "digest" not in said:
             return Finding(at_s=wall(), error=said["error"])
         await asyncio.to_thread(self._digests.remember, said["key"], said["digest"])
