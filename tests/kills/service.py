@@ -11,7 +11,6 @@ import shutil
 import signal
 import sqlite3
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Mapping
@@ -21,6 +20,7 @@ from typing import Any
 
 import httpx
 
+from tests import live_service
 from tests.live.client import descendants, is_running, until
 
 TOKEN = "kills-0123456789abcdef0123456789abcdef"
@@ -42,7 +42,7 @@ class Home:
         self._env = inherited | {"LLORCH_HOME": str(self.path), "LLORCH_API_TOKEN": TOKEN} | dict(env)
 
     def spawn(self) -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-P", "-m", "llama_orch.cli", "serve", "--port", "0", "--config", str(self._config)]
+        command = [*live_service.PROGRAM, "serve", "--port", "0", "--config", str(self._config)]
         with self.log.open("ab") as log:
             return subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log, env=self._env

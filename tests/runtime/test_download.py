@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -193,6 +194,23 @@ def test_a_file_whose_size_is_not_said(tmp_path: Path, monkeypatch: pytest.Monke
         with pytest.raises(StorageUnavailable, match="no room"):
             run.once(size_bytes=size)
     assert not run.partial.exists() or run.partial.stat().st_size <= len(CONTENT) // 2 + SYNC_BYTES
+
+
+def test_what_a_write_did_not_take_is_written_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that has room for a part takes that part, and may have room for the rest a moment later."""
+
+    class Halves(io.FileIO):
+        def write(self, data: Any, /) -> int:
+            return super().write(bytes(data)[: max(1, len(data) // 2)])
+
+    def opened(self: Download, start: int) -> Any:
+        return Halves(os.open(self._partial, os.O_RDWR | os.O_CREAT), "r+b")
+
+    monkeypatch.setattr(Download, "_opened", opened)
+    with a_hub(CONTENT) as hub:
+        run = Run(hub, tmp_path)
+        run.once()
+    assert run.partial.read_bytes() == CONTENT
 
 
 def test_a_disk_that_gets_full_in_the_middle(

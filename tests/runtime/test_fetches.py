@@ -1,4 +1,4 @@
-"""Fetches of the catalog's models: what is on the disk after a deletion, a kill or a defect, and who may write there."""
+"""Fetches of the catalog's models: what is on the disk after a deletion, a kill or a defect, and who may write."""
 
 from __future__ import annotations
 

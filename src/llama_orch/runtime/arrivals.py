@@ -21,7 +21,7 @@ from llama_orch.contract.models import CatalogModelRequest, TaskRequest
 from llama_orch.core import refusals
 from llama_orch.core.pool import Pool
 from llama_orch.core.scheduler import Scheduler
-from llama_orch.errors import LlorchError, PolicyDenied, UntrustedArtifact
+from llama_orch.errors import Internal, LlorchError, PolicyDenied, UntrustedArtifact
 from llama_orch.models import trust
 from llama_orch.models.catalog import Entry
 from llama_orch.runtime.catalog import Catalog
@@ -114,22 +114,26 @@ class Arrivals:
     async def settled(self, entry: Entry, error: LlorchError | None) -> None:
         """The file is there, or does not come (`error`)."""
         for one in self._arriving.pop(entry.id, []):
+            outcome: LlorchError | None = Internal("the pool of the model could not be made, which is a defect")
             try:
-                if error is not None:
-                    raise error
-                await self._arrived(one)
-            except LlorchError as failure:
-                self._failed(one.pool, refusals.not_arrived(one.pool, failure))
-        self._perform()
+                outcome = error or await self._arrived(one)
+            finally:  # whatever happens, nobody waits for ever
+                if outcome is not None:
+                    self._failed(one.pool, refusals.not_arrived(one.pool, outcome))
+                self._perform()
 
-    async def _arrived(self, one: Arriving) -> None:
-        """The wait is over; the load begins."""
+    async def _arrived(self, one: Arriving) -> LlorchError | None:
+        """The wait is over, and the load begins; or why the model cannot be served."""
         pool = one.pool
         waiting = [self._scheduler.tasks[task_id].request.workload for task_id in pool.queue]
         request = structs.replace(one.request, workload=waiting[0]) if waiting else one.request
-        built = await self._shelf.arrived(pool, structs.replace(request, model_ref=pool.spec.model))
+        try:
+            built = await self._shelf.arrived(pool, structs.replace(request, model_ref=pool.spec.model))
+        except LlorchError as failure:
+            return failure
         if built is not None:
             self._scheduler.arrivals.came(pool, built.pool.spec, built.pool.replicas, self._clock.now())
+        return None
 
     def _failed(self, pool: Pool, error: LlorchError) -> None:
         self._scheduler.arrivals.failed(pool, error, self._clock.now())
