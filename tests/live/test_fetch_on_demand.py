@@ -152,6 +152,23 @@ def test_a_model_that_was_fetched_for_a_task_can_be_deleted(
     assert times_asked(hub, "leaving") == 2
 
 
+@pytest.mark.attack(16)
+@pytest.mark.spec("HP-SEC-7")
+def test_what_a_url_was_signed_with_is_told_to_nobody(service: LiveService, client: httpx.Client) -> None:
+    """But by the catalog, whose source it is: no pool, no other's refusal and no line of the log has it."""
+    admitted = submit(client, model_ref="https://127.0.0.1:1/m.gguf?X-Signature=hunter2", **SHORT)
+    (entry,) = [one for one in client.get(MODELS).json()["items"] if "hunter2" in one["source_url"]]
+    others = [client.get("/v1/pools"), client.get("/v1/models"), client.get("/metrics"), client.get("/v1/tasks")]
+    for reference in ("unknown", "https://user:hunter2@a.example/m.gguf", "file:/hunter3"):
+        others.append(client.post("/v1/tasks", json={"model_ref": reference, "prompt": "Once"}))
+    others.append(client.post(MODELS, json={"id": "x", "source_url": "https://user:hunter2@a.example/m.gguf"}))
+    assert [answer.status_code for answer in others] == [200] * 4 + [404, 400, 404, 400]
+    assert client.post(f"/v1/tasks/{admitted['task_id']}/cancel").status_code == 204
+    assert client.delete(f"{MODELS}/{entry['id']}").status_code == 204
+    assert not [answer.text for answer in others if "hunter2" in answer.text]
+    assert "hunter2" not in service.log_path.read_text()
+
+
 def test_a_reference_that_is_none_is_refused(client: httpx.Client) -> None:
     """Nothing is entered for it."""
     count = len(client.get(MODELS, params={"limit": 200}).json()["items"])

@@ -12,6 +12,7 @@ from llama_orch.core.json_schema import json_schema_to_gbnf
 from llama_orch.core.pool import Pool, PoolSpec
 from llama_orch.core.task import Task
 from llama_orch.errors import InvalidParams, NotFound, PoolUnready
+from llama_orch.policy.urls import without_query
 
 # A token covers at least one byte of text; this many more may be put around it (start of text, a leading space).
 EXTRA_TOKENS = 8
@@ -34,15 +35,15 @@ def matching_pools(pools: Sequence[Pool], request: TaskRequest, everybody: Itera
     who of `everybody` could."""
     found = [pool for pool in pools if pool.serves(request.model_ref) and not _is_too_small(pool.spec, request)]
     if not found:
-        served = ", ".join(sorted({pool.spec.model for pool in pools}))
-        raise NotFound(f"no pool serves model {request.model_ref!r}; name one of: {served}")
+        served = ", ".join(sorted({without_query(pool.spec.model) for pool in pools}))
+        raise NotFound(f"no pool serves model {without_query(request.model_ref)!r}; name one of: {served}")
     if request.engine is not None:
         engines = sorted({pool.spec.engine for pool in found})
         found = [pool for pool in found if pool.spec.engine == request.engine]
         if not found:
             raise InvalidParams(
-                f"engine {request.engine!r} does not serve {request.model_ref!r}; leave `engine` out or name one of: "
-                + ", ".join(engines)
+                f"engine {request.engine!r} does not serve {without_query(request.model_ref)!r}; leave `engine` out or "
+                "name one of: " + ", ".join(engines)
             )
     able = [pool for pool in found if incapacity(pool.spec, request) is None]
     if not able:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable
-from dataclasses import replace
 from typing import NamedTuple
 
 from msgspec import structs
@@ -24,8 +23,9 @@ from llama_orch.core.scheduler import Scheduler
 from llama_orch.errors import Internal, LlorchError, PolicyDenied, UntrustedArtifact
 from llama_orch.models import trust
 from llama_orch.models.catalog import Entry
+from llama_orch.policy.urls import without_query
 from llama_orch.runtime.catalog import Catalog
-from llama_orch.runtime.on_demand import ALIASES_MAX, Shelf
+from llama_orch.runtime.on_demand import Shelf, answer_to
 
 
 class Arriving(NamedTuple):
@@ -81,7 +81,8 @@ class Arrivals:
             return None
         declared = CatalogModelRequest(id=_id_for(reference), source_url=reference)
         if problems := trust.lacks(declared, self._catalog.policy):
-            raise UntrustedArtifact(f"{reference!r} is not in the catalog, and not trusted: {'; '.join(problems)}")
+            told = without_query(reference)
+            raise UntrustedArtifact(f"{told!r} is not in the catalog, and not trusted: {'; '.join(problems)}")
         if self._catalog.fetches is None:
             raise PolicyDenied("this service keeps no files from elsewhere")
         await self._catalog.fetches.check(reference)
@@ -94,11 +95,9 @@ class Arrivals:
         known = [one for one in self._arriving.get(entry.id, ()) if pools.get(one.pool.spec.pool_id) is one.pool]
         for pool in (one.pool for one in known):
             if request.engine in (None, pool.spec.engine) and (request.ctx or 0) <= pool.spec.ctx:
-                if not pool.serves(request.model_ref):
-                    aliases = (*pool.spec.aliases, request.model_ref)[-ALIASES_MAX:]
-                    pool.spec = replace(pool.spec, aliases=aliases)
+                answer_to(pool, request.model_ref)
                 return pool
-        pool = self._shelf.arriving(request)
+        pool = self._shelf.arriving(request, entry)
         bare = structs.replace(request, prompt=None, inputs=None, messages=None)
         self._arriving[entry.id] = [*known, Arriving(pool, bare)]
         return pool
@@ -141,7 +140,7 @@ class Arrivals:
 
 
 def _id_for(reference: str) -> str:
-    """A catalog id that says what it is, and is that reference's alone. What follows a `?` may be a secret."""
-    kind, _, rest = reference.partition("?")[0].partition(":")
+    """A catalog id that says what it is, and is that reference's alone."""
+    kind, _, rest = without_query(reference).partition(":")
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", rest).strip("-._")[-40:]
     return f"{kind}-{name}-{hashlib.sha256(reference.encode()).hexdigest()[:8]}"

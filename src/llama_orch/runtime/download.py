@@ -26,6 +26,7 @@ import msgspec
 
 from llama_orch.errors import InvalidParams, LlorchError, StorageUnavailable, UpstreamFailed
 from llama_orch.outbound.door import Limits, Outbound, Reply
+from llama_orch.policy.urls import BadUrl, parse_target
 
 FILE_BYTES_MAX = 1 << 40
 SPARE_BYTES = 1 << 30  # of the disk, which a fetch leaves free
@@ -51,6 +52,10 @@ def url_of(source: str, env: Mapping[str, str]) -> tuple[str, dict[str, str]]:
     """Where the file of an `hf:` or `https:` source is, and the headers for that origin. Raises InvalidParams."""
     kind, _, rest = source.partition(":")
     if kind == "https":
+        try:
+            parse_target(source)
+        except BadUrl as error:  # it may hold a password: it is not repeated
+            raise InvalidParams(f"the reference is no URL that is fetched: {error}") from error
         return source, {}
     parts = rest.split("/")
     if len(parts) < 3 or not all(_NAME.fullmatch(part) for part in parts):

@@ -20,7 +20,9 @@ from llama_orch.contract.models import ReplicaState, TaskRequest
 from llama_orch.core.pool import Pool
 from llama_orch.core.scheduler import Scheduler
 from llama_orch.errors import InvalidParams, LlorchError, NotFound, ReplicaExhausted
+from llama_orch.models.catalog import Entry
 from llama_orch.models.references import ModelNotFound
+from llama_orch.policy.urls import without_query
 from llama_orch.runtime.bars import Bars
 from llama_orch.runtime.builder import Builder, Built, Draft, Room
 from llama_orch.runtime.catalog import Catalog
@@ -65,8 +67,9 @@ class Shelf:
         """A pool on demand for a task that no pool can take; `refusal` where there can be none."""
         if not self._may_be_named(request.model_ref):
             raise refusal
+        entry = self._catalog.book.find(request.model_ref)
         try:
-            model = await self._look(request.model_ref)
+            model = await self._look(_own_name(request, entry))
         except ModelNotFound as error:
             raise NotFound(str(error)) from error
         if (known := self._known(model, request)) is not None:
@@ -80,20 +83,23 @@ class Shelf:
         self._replicas.add(built.workers)
         self._scheduler.fleet.add(built.pool)
         self._pool_settings[draft.settings.id] = draft.settings
+        answer_to(built.pool, request.model_ref)
         return built.pool
 
     # -- a pool for a model whose file is still to come ----------------------------------------------------------------
 
-    def arriving(self, request: TaskRequest) -> Pool:
+    def arriving(self, request: TaskRequest, entry: Entry) -> Pool:
         """A pool in whose queue the task can wait. Of its model nothing is known yet: who names no context is promised
         the least that an automatic one is lowered to. Raises InvalidParams, ReplicaExhausted."""
         names = self._engine_names(request)
         if not names:
             raise self._not_served(request, [])
-        model = Model(request.model_ref, Path(request.model_ref), None, lambda ctx, slots, backend: None)
+        name = _own_name(request, entry)
+        model = Model(name, Path(name), None, lambda ctx, slots, backend: None)
         settings = self._settings_for(names[0], model, request.ctx or CTX_AUTO_MIN)
         self._make_room()
         pool = self._builder.arriving(settings, model)
+        answer_to(pool, request.model_ref)
         self._scheduler.fleet.add(pool)
         self._pool_settings[settings.id] = settings
         return pool
@@ -133,9 +139,7 @@ class Shelf:
         for pool in self._scheduler.pools.values():
             is_able = request.engine in (None, pool.spec.engine) and (request.ctx or 0) <= pool.spec.ctx
             if is_able and model.path in self._paths(pool):
-                if not pool.serves(request.model_ref):
-                    aliases = (*pool.spec.aliases, request.model_ref)[-ALIASES_MAX:]
-                    pool.spec = replace(pool.spec, aliases=aliases)
+                answer_to(pool, request.model_ref)
                 return pool
         return None
 
@@ -167,7 +171,7 @@ class Shelf:
     def _not_served(self, request: TaskRequest, problems: list[str]) -> InvalidParams:
         known = ", ".join(self._all_engine_names())
         given = "; ".join(problems) or f"there is no engine {request.engine!r}; there are: {known}"
-        return InvalidParams(f"{request.model_ref!r} cannot be served: {given}", engine=request.engine)
+        return InvalidParams(f"{without_query(request.model_ref)!r} cannot be served: {given}", engine=request.engine)
 
     @staticmethod
     def _ctx_auto(model: Model) -> int:
@@ -242,8 +246,8 @@ class Shelf:
         is_configured = any(pool.model == reference for pool in self._settings.pools)
         if not (is_configured or self._may_be_named(reference)):
             raise NotFound(
-                f"there is no model {reference!r}; name one of the configuration's or of the catalog's, builtin:tiny, "
-                "or a file below one of `catalog.file_roots`"
+                f"there is no model {without_query(reference)!r}; name one of the configuration's or of the catalog's, "
+                "builtin:tiny, or a file below one of `catalog.file_roots`"
             )
         try:
             model = await self._look(reference)
@@ -288,6 +292,17 @@ class Shelf:
         draft.seats = [seat for seat in draft.seats if seat.problem is None]
 
 
+def answer_to(pool: Pool, reference: str) -> None:
+    """The pool serves who names its model so, from now on."""
+    if not pool.serves(reference):
+        pool.spec = replace(pool.spec, aliases=(*pool.spec.aliases, reference)[-ALIASES_MAX:])
+
+
+def _own_name(request: TaskRequest, entry: Entry | None) -> str:
+    """What a pool calls the model: what comes from elsewhere by its catalog id, since a URL may hold a secret."""
+    return entry.id if entry is not None and entry.is_fetched else request.model_ref
+
+
 def _fits_nowhere(draft: Draft) -> InvalidParams:
     problems = [seat.problem for seat in draft.seats if seat.problem is not None]
     needs = {device_id: need for seat in draft.seats for device_id, need in seat.need_bytes.items()}
@@ -295,8 +310,8 @@ def _fits_nowhere(draft: Draft) -> InvalidParams:
 
 
 def _pool_id(engine: str, model: Model, ctx: int) -> str:
-    """Readable, and one for each file, engine and context. What follows a `?` may be a secret."""
-    kind, _, rest = model.reference.partition("?")[0].partition(":")
+    """Readable, and one for each file, engine and context."""
+    kind, _, rest = without_query(model.reference).partition(":")
     name = re.sub(r"[^A-Za-z0-9._-]", "-", Path(rest).stem if kind == "file" else rest or kind)[:40]
     digest = hashlib.sha256(f"{model.path}|{engine}|{ctx}".encode()).hexdigest()
     return f"on-demand-{name}-{digest[:6]}"
