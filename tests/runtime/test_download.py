@@ -152,6 +152,17 @@ def test_it_is_given_up_in_the_end(tmp_path: Path) -> None:
     assert run.waits == sorted(run.waits)
 
 
+def test_who_sends_too_slowly_does_not_hold_up_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A byte now and then is no progress: it is given up in the end."""
+    monkeypatch.setattr(download, "PACE_S", 0.0)
+    monkeypatch.setattr(download, "PACE_BYTES", len(CONTENT))
+    with a_hub(CONTENT, slow_after=0) as hub:
+        run = Run(hub, tmp_path)
+        with pytest.raises(UpstreamFailed, match="too slowly"):
+            run.once()
+        assert len(hub.asked_for()) <= ATTEMPTS_MAX + 1
+
+
 def test_more_than_was_said_is_not_taken(tmp_path: Path) -> None:
     """The body has the length that its head says, whatever comes behind it."""
     with a_hub(CONTENT, faults=["more"]) as hub:

@@ -12,17 +12,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from msgspec import structs
 
-from llama_orch.contract.config import OutboundSettings
+from llama_orch.contract.config import OutboundSettings, Settings
 from llama_orch.contract.models import CatalogModelRequest, ErrorCode, FetchState
 from llama_orch.errors import LlorchError
-from llama_orch.models.catalog import Entry, Finding
+from llama_orch.models.catalog import CatalogBook, Entry, Finding
 from llama_orch.models.digest import Digests
+from llama_orch.models.references import ModelNotFound
+from llama_orch.observe.catalog import CatalogJournal
+from llama_orch.observe.metrics import Metrics
 from llama_orch.outbound.door import Outbound
 from llama_orch.policy.rules import Rules
 from llama_orch.runtime import fetches as fetches_module
+from llama_orch.runtime.catalog import Catalog
 from llama_orch.runtime.fetches import Fetches, FetchReader
 from llama_orch.runtime.hashing import HashingProcess, examine_with
+from llama_orch.runtime.records import Unkept
 from tests.hub import Hub, a_hub
 from tests.live.client import until
 
@@ -101,7 +107,7 @@ def test_nothing_stays_of_a_fetch_whose_model_is_deleted(tmp_path: Path, declare
             await asyncio.to_thread(hub.held.wait)
             fetch = bench.fetches.of(entry)
             assert fetch is not None
-            reader = FetchReader(fetch.view, fetch)
+            reader = FetchReader(fetch.view, fetch, lambda: None)
             assert b"running" in (await reader.batch() or b"")
             await bench.fetches.stop(entry)
             assert bench.files() == set()
@@ -218,6 +224,41 @@ def test_a_defect_in_a_fetch_ends_that_fetch_alone(tmp_path: Path) -> None:
             assert bench.kept.failures == {"story": ErrorCode.INTERNAL}
 
         play(act)
+
+
+@pytest.mark.spec("HP-CTL-4")
+def test_a_verification_that_looked_before_the_file_came_says_nothing_of_it() -> None:
+    """It ends after the fetch, and what the fetch has found stands."""
+    asked, looked, found = asyncio.Event(), asyncio.Event(), Finding(at_s=1.0, digest=DIGEST, size_bytes=len(CONTENT))
+
+    async def glance(reference: str) -> Any:
+        asked.set()
+        await looked.wait()
+        raise ModelNotFound("it was not there")
+
+    async def act() -> None:
+        tasks: list[asyncio.Task[None]] = []
+
+        def spawn(work: Coroutine[Any, Any, None], name: str) -> asyncio.Task[None]:
+            tasks.append(asyncio.ensure_future(work))
+            return tasks[-1]
+
+        async def settled(*_: Any) -> None:
+            """Nobody waits."""
+
+        journal = CatalogJournal(Metrics(lambda: ()))
+        catalog = Catalog(CatalogBook(), Unkept(), glance, examine_with(digest), Settings(), lambda: 0.0, journal)
+        catalog.bind(spawn, lambda: None, settled)
+        await catalog.create(an_entry().declared)
+        entry = await catalog.verify("story")
+        await asked.wait()
+        catalog.book.put(structs.replace(entry, file="story-1.gguf", finding=found))
+        looked.set()
+        await asyncio.gather(*tasks)
+        now = await catalog.get("story")
+        assert (now.file, now.finding, now.is_due) == ("story-1.gguf", found, False)
+
+    play(act)
 
 
 def test_where_no_process_can_be_started_the_verification_says_so(

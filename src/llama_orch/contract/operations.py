@@ -171,7 +171,7 @@ OPERATIONS: dict[str, Operation] = {
         (
             Parameter('id', 'path', Annotated[str, Meta(min_length=1, max_length=64)], True, None),
         ),
-        (200, 400, 401, 403, 404), is_open=False,
+        (200, 400, 401, 403, 404, 503), is_open=False,
     ),
     'fetchCatalogModel': Operation(
         'fetchCatalogModel', 'control', 'POST', '/v1/catalog/models/{id}/fetch', None,

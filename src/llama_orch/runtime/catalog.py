@@ -381,9 +381,11 @@ class Catalog:
             if entry is None or entry.number != examined.number:  # deleted meanwhile, and perhaps another has its id
                 return
             changed = structs.replace(entry, finding=finding, sight=sight, is_due=False)
+            if entry.file != examined.file:  # it was fetched meanwhile, and looked at then
+                changed = structs.replace(entry, is_due=False)
             self.book.put(changed)  # it holds whether or not it can be kept
             try:
                 await self._records.put(changed)
             except LlorchError as error:
                 log.warning("the verification of model %s could not be kept: %s", entry.id, error)
-        self._journal.verified(changed, trust.judge(changed.declared, finding, self.policy))
+        self._journal.verified(changed, trust.judge(changed.declared, changed.finding or finding, self.policy))

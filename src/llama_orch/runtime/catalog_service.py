@@ -57,8 +57,9 @@ class CatalogService:
         entry, fetches = self._catalog.book.get(model_id), self._catalog.fetches
         if entry is None:
             raise NotFound(f"the catalog has no model {model_id!r}")
+        on_close = self._orchestrator.count_stream()
         under_way = None if fetches is None else fetches.of(entry)
-        return FetchReader(lambda: self._fetch(entry) if under_way is None else under_way.view(), under_way)
+        return FetchReader(lambda: self._fetch(entry) if under_way is None else under_way.view(), under_way, on_close)
 
     def _fetch(self, entry: Entry) -> ModelFetch:
         return at_rest(entry) if self._catalog.fetches is None else self._catalog.fetches.view(entry)

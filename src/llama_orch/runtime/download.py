@@ -31,7 +31,9 @@ from llama_orch.policy.urls import BadUrl, parse_target
 FILE_BYTES_MAX = 1 << 40
 SPARE_BYTES = 1 << 30  # of the disk, which a fetch leaves free
 SYNC_BYTES = 32 << 20  # between two notes of what is on the disk for certain
-ATTEMPTS_MAX = 5  # in a row that brought nothing
+ATTEMPTS_MAX = 5  # in a row that brought no more than
+PROGRESS_BYTES = 1 << 20
+PACE_S, PACE_BYTES = 60.0, 1 << 16  # what has to come in such a time: fetches come one after the other, and others wait
 BACKOFF_S, BACKOFF_MAX_S = 1.0, 60.0
 HUB = "https://huggingface.co"
 _BUSY = (
@@ -115,14 +117,14 @@ class Download:
 
     async def run(self) -> None:
         """Until the partial file is whole. Raises PolicyDenied, UpstreamFailed, StorageUnavailable."""
-        failures, before = 0, -1
+        failures, before = 0, -PROGRESS_BYTES
         while True:
             try:
                 return await self._attempt()
             except _TryAgain as error:
                 kept = self._kept()
-                failures = 0 if kept > before else failures + 1
-                before = kept
+                failures = 0 if kept >= before + PROGRESS_BYTES else failures + 1
+                before = kept if failures == 0 else before
                 if failures >= ATTEMPTS_MAX:
                     raise UpstreamFailed(f"the fetch was given up after {ATTEMPTS_MAX} attempts: {error}") from error
                 wait_s = error.wait_s or BACKOFF_S * 2**failures
@@ -188,6 +190,7 @@ class Download:
         with self._opened(start) as file:
             try:
                 pieces, held = [], 0
+                pace = _Pace(received)
                 async for chunk in reply.chunks():
                     pieces.append(chunk)
                     held += len(chunk)
@@ -197,6 +200,8 @@ class Download:
                     if received > received_max:  # it did not say
                         raise StorageUnavailable(f"there is no room for more than {received_max} bytes of the file")
                     self._progress(received, total)
+                    if pace.is_too_slow(received):
+                        raise _TryAgain(f"{reply.target.host} sends too slowly")
                     if held >= SYNC_BYTES:
                         await asyncio.to_thread(self._write, file, pieces, etag)
                         pieces, held = [], 0
@@ -257,6 +262,20 @@ class Download:
         """The partial file is of no use."""
         self._forget()
         self._partial.unlink(missing_ok=True)
+
+
+class _Pace:
+    """Whether the other side keeps up a pace, from when it began to send."""
+
+    def __init__(self, received: int) -> None:
+        self._since_s, self._had = asyncio.get_running_loop().time(), received
+
+    def is_too_slow(self, received: int) -> bool:
+        now = asyncio.get_running_loop().time()
+        if now < self._since_s + PACE_S:
+            return False
+        came, self._since_s, self._had = received - self._had, now, received
+        return came < PACE_BYTES
 
 
 class _Refused(LlorchError):

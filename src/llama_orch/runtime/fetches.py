@@ -230,7 +230,8 @@ class Fetches:
     async def _alone(self) -> AsyncIterator[None]:
         """No other process writes to the partial files meanwhile. The kernel lets go of the lock with the process."""
         with translated("the folder of models"):
-            self._partials.mkdir(mode=0o700, parents=True, exist_ok=True)
+            for folder in (self.folder, self._partials):
+                folder.mkdir(mode=0o700, exist_ok=True)
             descriptor = os.open(self._partials, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             while not _locked(descriptor):  # noqa: ASYNC110  # another process has no event of ours
@@ -297,8 +298,10 @@ async def _to_its_end(work: Coroutine[Any, Any, T]) -> T:
 class FetchReader:
     """One reader of one fetch's progress, as api/sse.py wants it."""
 
-    def __init__(self, view: Callable[[], ModelFetch], fetch: Fetch | None) -> None:
+    def __init__(self, view: Callable[[], ModelFetch], fetch: Fetch | None, on_close: Callable[[], None]) -> None:
         self._view = view
+        self._on_close = on_close
+        self._is_open = True
         self._fetch = fetch
         self._number = 0
         self._seen = 0
@@ -321,3 +324,6 @@ class FetchReader:
 
     def close(self) -> None:
         self._is_over = True
+        if self._is_open:
+            self._is_open = False
+            self._on_close()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from contextvars import Context
 from dataclasses import replace
@@ -234,6 +234,11 @@ class Orchestrator:
 
     def open_stream(self, task_id: str, after: int) -> Reader:
         self.scheduler.known(task_id)
+        on_close = self.count_stream()
+        return self._streams[task_id].open(after, correlation_id=correlation_id.get(), on_close=on_close)
+
+    def count_stream(self) -> Callable[[], None]:
+        """One more is open, until what is returned is called, once. Raises ReplicaExhausted."""
         limit = self._settings.server.max_streams
         if self.streams_open >= limit:
             raise ReplicaExhausted(
@@ -241,7 +246,7 @@ class Orchestrator:
                 retry_after_ms=1000,
             )
         self.streams_open += 1
-        return self._streams[task_id].open(after, correlation_id=correlation_id.get(), on_close=self._stream_closed)
+        return self._stream_closed
 
     def _stream_closed(self) -> None:
         self.streams_open -= 1
