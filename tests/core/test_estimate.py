@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llama_orch.core.estimate import OPTIONS_MAX, Average, Lane, Lengths, Speeds, forecast
+from llama_orch.core.course import Course
+from llama_orch.core.estimate import OPTIONS_MAX, Average, Lane, Lengths, Speeds
 
 PROPERTY = settings(max_examples=200, derandomize=True, deadline=None, database=None)
 
@@ -151,9 +152,19 @@ def played_forward(lanes: list[list[int]], waiting: list[tuple[bool, int]]) -> l
     return starts
 
 
+def forecast(lanes: list[list[float]], waiting: list[tuple[str, bool, list[float]]]) -> dict[str, float]:
+    """Starts by task id of who is played forward over the lanes, which get free then."""
+    course = Course("key", 0.0, [], [Lane(lane, number) for number, lane in enumerate(lanes)])
+    for task_id, exclusive, services_s in waiting:
+        expected = course.next_start_s(exclusive=exclusive)
+        course.play(task_id, services_s, exclusive=exclusive)
+        assert course.starts_s[task_id] == expected
+    return course.starts_s
+
+
 def forecast_of(lanes: list[list[int]], waiting: list[tuple[bool, int]]) -> list[float]:
     tasks = [(str(n), exclusive, [float(service)] * len(lanes)) for n, (exclusive, service) in enumerate(waiting)]
-    starts = forecast([Lane([float(free) for free in lane], n) for n, lane in enumerate(lanes)], tasks)
+    starts = forecast([[float(free) for free in lane] for lane in lanes], tasks)
     return [starts[task_id] for task_id, _, _ in tasks]
 
 
@@ -179,6 +190,6 @@ def test_the_forecast_lets_nobody_overtake(lanes: list[list[int]], waiting: list
 def test_an_exclusive_task_waits_for_every_slot_and_holds_up_who_follows() -> None:
     """Two slots, free at 1 and 4: the exclusive task starts at 4, and the next one only after it."""
     waiting = [("strict", True, [2.0, 2.0]), ("shared", False, [1.0, 1.0])]
-    assert forecast([Lane([1.0, 4.0])], waiting) == {"strict": 4.0, "shared": 6.0}
-    assert forecast([Lane([1.0, 4.0])], waiting[::-1]) == {"shared": 1.0, "strict": 4.0}
-    assert forecast([Lane([1.0, 4.0]), Lane([3.0], 1)], waiting) == {"strict": 3.0, "shared": 3.0}
+    assert forecast([[1.0, 4.0]], waiting) == {"strict": 4.0, "shared": 6.0}
+    assert forecast([[1.0, 4.0]], waiting[::-1]) == {"shared": 1.0, "strict": 4.0}
+    assert forecast([[1.0, 4.0], [3.0]], waiting) == {"strict": 3.0, "shared": 3.0}

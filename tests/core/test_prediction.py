@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import random
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -10,6 +12,8 @@ from hypothesis import strategies as st
 
 from llama_orch.contract.models import Determinism, Priority, ReplicaState
 from llama_orch.core import prediction
+from llama_orch.core.course import EXACT_MAX
+from llama_orch.core.effects import Start
 from llama_orch.core.estimate import OVERDUE_SHARE
 from llama_orch.core.pool import Pool
 from llama_orch.core.prediction import ADVICE_MAX_MS, ADVICE_MIN_MS, Predictor
@@ -27,7 +31,9 @@ def ready(scheduler: Scheduler, replica_id: str, now: float) -> None:
 
 
 def task_start_in_s(scheduler: Scheduler, task: Task, now: float) -> float | None:
-    return scheduler.predictor.outlooks(task.pool, scheduler.tasks, now)[task.task_id].start_in_s
+    if task.task_id not in list(task.pool.queue):
+        return None
+    return scheduler.predictor.outlook(task, scheduler.tasks, now).start_in_s
 
 
 def measured(scheduler: Scheduler, *, tokens: int = 20) -> Scheduler:
@@ -365,8 +371,8 @@ def test_the_advice_for_a_pool_that_is_not_there_is_its_load() -> None:
 # -- speeds ------------------------------------------------------------------------------------------------------------
 
 
-def two_cards(fast_s: float, slow_s: float | None) -> Scheduler:
-    scheduler = a_scheduler(a_host("3090+3060"))
+def two_cards(fast_s: float, slow_s: float | None, **spec: Any) -> Scheduler:
+    scheduler = a_scheduler(a_host("3090+3060", **spec))
     pool = scheduler.pools["default"]
     for replica_id, service_s in (("default-0", fast_s), ("default-1", slow_s)):
         for _ in range(2 if service_s is not None else 0):
@@ -412,9 +418,67 @@ def test_each_lane_takes_its_own_time() -> None:
     scheduler = two_cards(2.0, 3.0)
     for n in range(8):
         submit(scheduler, f"t{n}")
-    outlooks = scheduler.predictor.outlooks(scheduler.pools["default"], scheduler.tasks, 0.0)
-    starts = [outlook.start_in_s for outlook in outlooks.values()]
+    starts = [start_in_s(scheduler, task_id, 0.0) for task_id in scheduler.pools["default"].queue]
     assert starts == pytest.approx([2.0, 3.0, 4.0, 6.0, 6.0, 8.0])
+
+
+@pytest.mark.spec("HP-PLC-3")
+@settings(PROPERTY, max_examples=20)
+@given(seed=st.integers(0, 10**6), strict=st.sampled_from([0.0, 0.5, 1.0]))
+def test_who_is_far_back_starts_at_the_pace_of_all(seed: int, strict: float) -> None:
+    """Four times as many wait as are played one by one; the last is foretold within a tenth of what playing all gives,
+    and what is foretold rises along the queue."""
+    dice, scheduler = random.Random(seed), two_cards(2.0, 3.0, queue_capacity=1000)
+    for n in range(4 * EXACT_MAX):
+        submit(
+            scheduler,
+            f"t{n}",
+            priority=dice.choice([Priority.INTERACTIVE, Priority.BATCH]),
+            determinism=Determinism.STRICT if dice.random() < strict else SHARED,
+            max_tokens=dice.choice([2, 10, 20]),
+        )
+    waiting = list(scheduler.pools["default"].queue)
+    found = [start_in_s(scheduler, task_id, 0.0) or 0.0 for task_id in waiting]
+    assert found == sorted(found)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prediction, "EXACT_MAX", 10**6)
+        scheduler.pools["default"].courses.clear()
+        true_s = start_in_s(scheduler, waiting[-1], 0.0) or 0.0
+        assert found[: EXACT_MAX // 2] == pytest.approx(
+            [start_in_s(scheduler, task_id, 0.0) or 0.0 for task_id in waiting[: EXACT_MAX // 2]]
+        )
+    assert found[-1] == pytest.approx(true_s, rel=0.1)
+
+
+@settings(PROPERTY, max_examples=30)
+@given(seed=st.integers(0, 10**6))
+def test_a_course_that_goes_on_is_the_same_as_a_new_one(seed: int) -> None:
+    """Whatever happened since the queue was played, what is foretold is what playing it anew would give."""
+    dice, scheduler = random.Random(seed), two_cards(2.0, 3.0, queue_capacity=1000)
+    pool, now, running = scheduler.pools["default"], 0.0, list[str]()
+    for n in range(60):
+        running += [effect.task_id for effect in scheduler.take_effects() if isinstance(effect, Start)]
+        match dice.choice(["come", "come", "come", "leave", "end", "wait"]):
+            case "come":
+                submit(
+                    scheduler,
+                    f"t{n}",
+                    now=now,
+                    priority=dice.choice([Priority.INTERACTIVE, Priority.BATCH]),
+                    determinism=dice.choice(list(Determinism)),
+                    max_tokens=dice.choice([2, 20]),
+                )
+            case "leave" if len(pool.queue):
+                scheduler.cancel(pool.queue.at(dice.randrange(len(pool.queue))), now)
+            case "end" if running:
+                scheduler.finished(running.pop(), an_outcome(tokens_out=dice.randrange(1, 30)), now)
+            case _:
+                now += dice.choice([0.01, 1.0])
+        waiting = list(pool.queue)
+        found = [start_in_s(scheduler, task_id, now) for task_id in waiting]
+        pool.courses.clear()
+        anew = [start_in_s(scheduler, task_id, now) for task_id in waiting]
+        assert found == pytest.approx(anew, abs=0.1)
 
 
 def test_a_backlog_is_the_work_over_the_lanes_that_serve() -> None:

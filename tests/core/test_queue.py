@@ -26,7 +26,7 @@ def test_interactive_goes_before_batch_that_came_earlier() -> None:
     """Service is by priority first and by arrival second."""
     queue = full_queue("reject", BATCH, INTERACTIVE, BATCH, INTERACTIVE)
     assert list(queue) == ["1", "3", "0", "2"]
-    assert queue.positions() == {"1": 0, "3": 1, "0": 2, "2": 3}
+    assert [queue.place(task_id) for task_id in ("1", "3", "0", "2")] == [0, 1, 2, 3]
 
 
 @pytest.mark.spec("HP-ADM-3")
@@ -143,7 +143,12 @@ class QueueMachine(RuleBasedStateMachine):
     def holds_what_the_lists_hold(self) -> None:
         order = self.order()
         assert list(self.queue) == order
-        assert self.queue.positions() == {task_id: place for place, task_id in enumerate(order)}
+        assert [self.queue.place(task_id) for task_id in order] == list(range(len(order)))
+        assert self.queue.first(2) == order[:2]
+        assert self.queue.sample(len(order)) == order
+        thinned = self.queue.sample(3)
+        assert thinned == [one for one in order if one in thinned]
+        assert len(thinned) == min(3, len(order))
         assert {p: self.queue.depth(p) for p in PRIORITIES} == {p: len(self.lines[p]) for p in PRIORITIES}
         assert self.queue.has_ahead_of(BATCH) is bool(order)
         assert self.queue.has_ahead_of(INTERACTIVE) is bool(self.lines[INTERACTIVE])

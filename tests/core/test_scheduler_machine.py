@@ -963,10 +963,10 @@ class SchedulerMachine(RuleBasedStateMachine):
     @invariant()
     def predictions_are_honest(self) -> None:
         def check(pool: Pool) -> None:
-            outlooks = self.scheduler.predictor.outlooks(pool, self.scheduler.tasks, self.now)
-            assert [outlook.queue_position for outlook in outlooks.values()] == list(range(len(pool.queue)))
-            assert list(outlooks) == list(pool.queue)
-            starts = [outlook.start_in_s for outlook in outlooks.values()]
+            predictor, waiting = self.scheduler.predictor, [self.scheduler.tasks[task_id] for task_id in pool.queue]
+            outlooks = [predictor.outlook(task, self.scheduler.tasks, self.now) for task in waiting]
+            assert [outlook.queue_position for outlook in outlooks] == list(range(len(pool.queue)))
+            starts = [outlook.start_in_s for outlook in outlooks]
             known = [start for start in starts if start is not None]
             assert known in ([], starts), "all are known or none is"
             assert known == sorted(known)
@@ -974,8 +974,8 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert not known or pool.is_coming
             advice = self.scheduler.predictor.advice_ms(pool, self.scheduler.tasks, self.now)
             assert ADVICE_MIN_MS <= advice <= ADVICE_MAX_MS
-            for task_id in outlooks:
-                self.check_chance(self.scheduler.tasks[task_id])
+            for task in waiting:
+                self.check_chance(task)
 
         self.check_pools(check)
         for task_id in self.running:

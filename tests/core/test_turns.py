@@ -109,8 +109,8 @@ def test_refusals_follow_the_predicted_drain() -> None:
     """The first is told when the head of the queue will start, the next when the one behind it will, and those beyond
     the queue come at the pace of the tasks in it."""
     scheduler = full()
-    outlooks = scheduler.predictor.outlooks(scheduler.pools["default"], scheduler.tasks, 3.0)
-    starts = [outlook.start_in_s for outlook in outlooks.values()]
+    waiting = [scheduler.tasks[task_id] for task_id in scheduler.pools["default"].queue]
+    starts = [scheduler.predictor.outlook(task, scheduler.tasks, 3.0).start_in_s for task in waiting]
     assert starts == [1.5, 3.0]
     assert [refused_ms(scheduler, f"r{n}", 3.0) for n in range(4)] == [1500, 3000, 4500, 6000]
 

@@ -21,18 +21,23 @@ from starlette.types import Receive, Scope, Send
 
 from llama_orch.api.app import build_app
 from llama_orch.clock import SystemClock
-from llama_orch.contract.config import Settings
+from llama_orch.contract.config import OutboundSettings, Settings
 from llama_orch.devices.inventory import discover
 from llama_orch.engines.llamacpp import LlamaCppEngine
 from llama_orch.engines.simulated import ServiceModel, SimulatedEngine, SimulatedWorker
 from llama_orch.models.digest import Digests
+from llama_orch.outbound.door import Outbound
 from llama_orch.outbound.plugins import OutboundRequest, Plugins, Rewrite, hookimpl
+from llama_orch.policy.rules import Rules
+from llama_orch.runtime.fetches import Fetches
+from llama_orch.runtime.hashing import examine_with
 from llama_orch.runtime.orchestrator import Orchestrator
 from llama_orch.runtime.plan import make_plan
 from llama_orch.runtime.wiring import wire
 from llama_orch.stores.artifacts import ArtifactStore
 from llama_orch.stores.database import Database
 from tests.api.harness import serving_app
+from tests.hub import a_hub
 from tests.live.client import until
 from tests.live.elsewhere import elsewhere
 from tests.pact.exchange import TOKEN
@@ -57,6 +62,8 @@ class Installation:
     budget_tokens: int | None = None  # of a session
     max_turns: int = 8
     reaches: str | None = None  # the URL of a machine that it may call, and calls for any URL of files.example
+    hub: str | None = None  # the URL of a hub, which tasks have their models fetched from
+    is_hub_open: bool = True  # to the outbound policy
 
     @property
     def settings(self) -> Settings:
@@ -68,7 +75,8 @@ class Installation:
         budgets = {"mode": "off" if self.budget_tokens is None else "enforce", "tokens": self.budget_tokens}
         sessions = {"max_turns": self.max_turns, "budgets": budgets}
         policy = {"outbound": {"allow": [] if self.reaches is None else [self.reaches.removeprefix("http://")]}}
-        parts = {"devices": [device], "pools": [pool], "sessions": sessions, "policy": policy}
+        on_demand = {"fetch": self.hub is not None}
+        parts = {"devices": [device], "pools": [pool], "sessions": sessions, "policy": policy, "on_demand": on_demand}
         return msgspec.convert(parts, Settings)
 
     @property
@@ -113,8 +121,9 @@ class Stage:
     """What provider states act on. Its methods are called from the verifier's threads; the services live in the
     server's."""
 
-    def __init__(self, folder: Path, there: str) -> None:
+    def __init__(self, folder: Path, there: str, hub: str) -> None:
         self._folder = folder
+        self.hub = hub  # a machine that has models, and keeps them back
         self.there = there  # another machine
         self._digests = Digests(folder / "digests.json")
         self._is_up = Event()
@@ -200,6 +209,11 @@ class Stage:
         orchestrator, service = wire(
             settings, engines, plan, self._digest, clock, artifacts=artifacts, plugins=installation.plugins
         )
+        if installation.hub is not None:
+            rules = Rules.of(OutboundSettings(allow_private_addresses=installation.is_hub_open))
+            outbound, env = Outbound(rules, lambda _: None), {"HF_ENDPOINT": installation.hub}
+            catalog, examine = orchestrator.catalog, examine_with(self._digest)
+            catalog.fetches = Fetches(home / "models", outbound, examine, catalog, clock.wall, env)
         app = build_app(service, token=TOKEN, settings=settings)
         running = asyncio.create_task(orchestrator.run())
         self._service = _Service(installation, engine, orchestrator, artifacts, app, running)
@@ -245,8 +259,12 @@ class Stage:
 @contextmanager
 def a_stage() -> Iterator[Stage]:
     """The socket, with nothing behind it yet; `http.base_url` of the stage is its address."""
-    with tempfile.TemporaryDirectory(prefix="llorch-pact-") as folder, elsewhere() as (there, _):
-        stage = Stage(Path(folder), there)
+    with (
+        tempfile.TemporaryDirectory(prefix="llorch-pact-") as folder,
+        elsewhere() as (there, _),
+        a_hub(b"GGUF" * 1000, hold_after=1000) as hub,
+    ):
+        stage = Stage(Path(folder), there, hub.url)
         with serving_app(stage) as port, stage.http:
             stage.wait_until_up(port)
             yield stage

@@ -101,6 +101,23 @@ def test_position_and_prediction_stay_fresh_while_a_task_waits() -> None:
     rehearse(scenario, ONE_SLOT)
 
 
+@pytest.mark.spec("HP-STR-2")
+def test_who_comes_late_is_told_at_once_where_the_task_stands() -> None:
+    """Nothing is written for a task that nobody looks at; its first reader has a fresh frame, and no second to wait."""
+
+    async def scenario(stage: Stage) -> None:
+        ids = [(await stage.service.submit(a_task(max_tokens=20))).task_id for _ in range(4)]
+        await asyncio.sleep(2.5)  # virtual: the first has ended, the second runs
+        assert stage.orchestrator._streams[ids[-1]].last_number == 0
+        reader = stage.service.open_stream(ids[-1], -1)
+        frames = parse(await reader.batch() or b"")
+        assert events(frames) == ["started", "metrics"]
+        assert frames[-1].data["queue_position"] == 1
+        reader.close()
+
+    rehearse(scenario, ONE_SLOT)
+
+
 @pytest.mark.spec("HP-PLC-3")
 def test_prediction_is_close_once_speeds_are_known() -> None:
     """With two measured tasks of the same kind, the predicted start of the third in line is within 10 %."""

@@ -113,7 +113,7 @@ def after(stage: Stage, event: str, act: Callable[..., None]) -> None:
 
 
 def test_a_task_that_is_forgotten_is_seen() -> None:
-    """A queue that loses an entry: the task is queued in one place only, its client waits for ever, it has no end."""
+    """A queue that loses an entry: the task is queued in one place only, and whoever looks for its place falls."""
 
     def prepare(stage: Stage) -> None:
         pool = stage.scheduler.pools["p"]
@@ -121,9 +121,19 @@ def test_a_task_that_is_forgotten_is_seen() -> None:
 
     found = violations(prepare)
     assert "of p is queued in one place and not in the other" in found
+    assert "the service fell over: KeyError" in found
+
+
+def test_a_queue_that_nobody_serves_is_seen() -> None:
+    """A dispatcher that starts nothing any more: clients wait for ever, and tasks have no end."""
+
+    def prepare(stage: Stage) -> None:
+        dispatcher = stage.scheduler._dispatcher
+        after(stage, "finished", lambda *_, **__: setattr(dispatcher, "place", lambda *_, **__: False))
+
+    found = violations(prepare)
     assert "still waits after" in found
     assert "has no end: Admitted, queued in p (p-0 ready), which lacks nothing" in found
-    assert "the scheduler is not idle" not in found, "it has forgotten the task, after all"
 
 
 @pytest.mark.parametrize(("effect", "words"), [(Ended, "Ended of"), (Start, "Start of")])

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import deque
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 SAMPLES_MIN = 2
@@ -127,6 +126,10 @@ class Speeds:
         """Relative standard deviation of the time that a token takes."""
         return self.token_s.variance**0.5 / self.token_s.mean if self.token_s.mean > 0 else 0.0
 
+    def rates_s(self) -> tuple[float, float, float]:
+        """Expected time on a slot, as what it takes in any case, for each token of a prompt, for each of an answer."""
+        return self.overhead_s.mean, self.prompt_s.mean, self.token_s.mean
+
     def service_s(self, tokens_in: float, tokens_out: float) -> float:
         """Expected time on a slot."""
         return self.overhead_s.mean + tokens_in * self.prompt_s.mean + tokens_out * self.token_s.mean
@@ -147,18 +150,3 @@ class Lane:
             self.free_in_s = [until_s] * len(self.free_in_s)
         else:
             self.free_in_s[self.free_in_s.index(min(self.free_in_s))] = until_s
-
-
-def forecast(lanes: list[Lane], waiting: Iterable[tuple[str, bool, Sequence[float]]]) -> dict[str, float]:
-    """Start times in seconds from now of (task id, exclusive, service seconds on each lane) in order of service.
-
-    Nobody overtakes: a task starts no earlier than the one before it (HP-ADM-2).
-    """
-    starts: dict[str, float] = {}
-    earliest = 0.0
-    for task_id, exclusive, services_s in waiting:
-        lane = min(lanes, key=lambda one: (one.start(exclusive=exclusive), one.number))
-        earliest = max(earliest, lane.start(exclusive=exclusive))
-        starts[task_id] = earliest
-        lane.occupy(earliest + services_s[lane.number], exclusive=exclusive)
-    return starts

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from llama_orch.contract.models import ReplicaState
+from llama_orch.contract.models import Priority, ReplicaState
 from llama_orch.core.bar import Bar
+from llama_orch.core.course import Course, Pace
 from llama_orch.core.queue import FullPolicy, TaskQueue
 from llama_orch.core.replica import Replica
 from llama_orch.core.turns import Turns
@@ -59,6 +60,8 @@ class Pool:
     waiting_since_s: float | None = None  # the first of those who wait, or who asked, without a replica that comes
     hopeless_since_s: float | None = None  # it waits for room that nobody who can be made to leave has
     turns: Turns = field(default_factory=Turns)  # of those who found the queue full
+    courses: dict[Priority, Course] = field(default_factory=dict)  # how its queue was last played forward
+    pace: Pace | None = None  # of those who wait further back
     tokens_in: int = 0
     tokens_out: int = 0
     why_not_loaded: str | None = field(default=None)

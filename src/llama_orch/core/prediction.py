@@ -5,23 +5,16 @@ Speeds are kept for a model on a device; where a device has not been measured, w
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
 
 from llama_orch.contract.models import Priority, ReplicaState, TaskState
 from llama_orch.core.chance import Holder, Slot, Waiter, Work, chances, own_chance
-from llama_orch.core.estimate import (
-    OVERDUE_SHARE,
-    SAMPLES_MIN,
-    WAIT_GUESS_S,
-    Average,
-    Lane,
-    Lengths,
-    Speeds,
-    forecast,
-)
+from llama_orch.core.course import EXACT_MAX, SAMPLE, Course, Pace
+from llama_orch.core.estimate import OVERDUE_SHARE, SAMPLES_MIN, WAIT_GUESS_S, Average, Lane, Lengths, Speeds
+from llama_orch.core.line import Line
 from llama_orch.core.pool import Pool
+from llama_orch.core.queue import PRIORITIES
 from llama_orch.core.replica import Replica
 from llama_orch.core.task import Outcome, Task
 
@@ -42,6 +35,7 @@ class _Model:
     """What was measured of one model on one engine."""
 
     def __init__(self) -> None:
+        self.learned = 0  # how often something was
         self.lengths = Lengths()
         self.anywhere = Speeds()
         self.on: dict[tuple[str, ...], Speeds] = {}  # by device mask
@@ -68,6 +62,7 @@ class Predictor:
 
     def _kept(self, pool: Pool) -> _Model:
         model = self._models.pop(pool.spec.speed_key, None) or _Model()
+        model.learned += 1
         self._models[pool.spec.speed_key] = model
         if len(self._models) > MODELS_MAX:
             del self._models[next(iter(self._models))]
@@ -162,18 +157,19 @@ class Predictor:
         mean_s = model.anywhere.service_s(0, model.lengths.average.mean)
         return len(pool.queue) * mean_s / self._lane_count(pool, serving)
 
-    def outlooks(self, pool: Pool, tasks: Mapping[str, Task], now: float) -> dict[str, Outlook]:
-        """For every task that waits in the pool, in one pass."""
-        positions = pool.queue.positions()
-        starts = self._starts(pool, tasks, [tasks[task_id] for task_id in positions], now)
-        return {task_id: Outlook(place, starts.get(task_id)) for task_id, place in positions.items()}
+    def outlook(self, task: Task, tasks: Mapping[str, Task], now: float) -> Outlook:
+        """Of a task that waits in its pool."""
+        return Outlook(task.pool.queue.place(task.task_id), self._start_s(task.pool, task, tasks, now))
 
     def newcomer_wait_s(self, pool: Pool, newcomer: Task, tasks: Mapping[str, Task], now: float) -> float | None:
         """Seconds until a task that is not queued yet would start."""
-        ahead = [tasks[task_id] for task_id in pool.queue]
-        if newcomer.priority is Priority.INTERACTIVE:
-            ahead = [task for task in ahead if task.priority is Priority.INTERACTIVE]
-        return self._starts(pool, tasks, [*ahead, newcomer], now).get(newcomer.task_id)
+        ahead = sum(pool.queue.depth(one) for one in PRIORITIES[: PRIORITIES.index(newcomer.priority) + 1])
+        course = self._course(pool, newcomer.priority, tasks, now)
+        if course is None:
+            return 0.0 if ahead == 0 and self._is_free_now(pool, tasks, now) else None
+        if ahead >= EXACT_MAX:
+            return course.left_s(self._far_s(pool, course, ahead, tasks, now), now)
+        return course.left_s(course.next_start_s(exclusive=self._is_exclusive(pool, newcomer)), now)
 
     def advice_ms(self, pool: Pool, tasks: Mapping[str, Task], now: float) -> int:
         """When somebody who is not there finds room: when the head of the queue will leave it, or without one a slot
@@ -183,12 +179,12 @@ class Predictor:
     def place_in_s(self, pool: Pool, tasks: Mapping[str, Task], now: float, ahead: int) -> float:
         """Seconds until a place in the queue gets free for one who lets `ahead` others go first: when that many more
         than one have left it. Those who are still to come into it are taken to be like those who wait in it."""
-        waiting = [tasks[task_id] for task_id in islice(pool.queue, ahead + 1)]
+        waiting = min(len(pool.queue), ahead + 1)
         if waiting:
-            last_s = self._starts(pool, tasks, waiting, now).get(waiting[-1].task_id)
+            last_s = self._start_s(pool, tasks[pool.queue.at(waiting - 1)], tasks, now)
         else:
             last_s = self._slot_wait_s(pool, tasks, now)
-        to_come = ahead + 1 - max(1, len(waiting))
+        to_come = ahead + 1 - max(1, waiting)
         interval_s = self._interval_s(pool, tasks) if to_come else 0.0
         if last_s is None or interval_s is None:
             return self._guess_s(pool, tasks, now) * (1 + (len(pool.queue) + ahead) / max(1, pool.slots_total()))
@@ -197,17 +193,20 @@ class Predictor:
     def _interval_s(self, pool: Pool, tasks: Mapping[str, Task]) -> float | None:
         """Between two starts of the tasks that wait, on the replicas that serve or will; None where it is not known."""
         model = self._model(pool)
-        coming = [replica for replica in pool.replicas.values() if replica.is_coming]
-        if not model.is_known or not coming:
+        if not model.is_known or not pool.is_coming:
             return None
-        waiting = [tasks[task_id] for task_id in pool.queue]
-        if not waiting:
-            return model.anywhere.service_s(0, model.lengths.average.mean) / self._lane_count(pool, coming)
-        total_s = 0.0
+        if waiting := [tasks[task_id] for task_id in pool.queue.sample(SAMPLE)]:
+            return self._mean_interval_s(pool, waiting)
+        coming = [replica for replica in pool.replicas.values() if replica.is_coming]
+        return model.anywhere.service_s(0, model.lengths.average.mean) / self._lane_count(pool, coming)
+
+    def _mean_interval_s(self, pool: Pool, waiting: Sequence[Task]) -> float:
+        """Their work over the lanes that serve it or will, of which there are some."""
+        model = self._model(pool)
+        coming = [replica for replica in pool.replicas.values() if replica.is_coming]
+        replicas, slots, total_s = len(coming), sum(replica.slots for replica in coming), 0.0
         for task in waiting:
-            whole = task.is_strict and pool.spec.strict_needs_exclusive
-            lanes = len(coming) if whole else sum(replica.slots for replica in coming)
-            total_s += self._service_s(model, task, ()) / lanes
+            total_s += self._service_s(model, task, ()) / (replicas if self._is_exclusive(pool, task) else slots)
         return total_s / len(waiting)
 
     @staticmethod
@@ -230,9 +229,7 @@ class Predictor:
     def ready_advice_ms(self, pool: Pool, now: float) -> int:
         """When to ask again for a pool without a ready replica: when the load is expected to be over; where that is not
         known, a load takes as long again as it has taken so far."""
-        waits = [WAIT_GUESS_S] if pool.arrival_s is None and pool.is_arriving else []
-        if pool.arrival_s is not None:
-            waits.append(pool.arrival_s - now)
+        waits = [] if not pool.is_arriving else [WAIT_GUESS_S if pool.arrival_s is None else pool.arrival_s - now]
         for replica in pool.replicas.values():
             known_s = self.load_s(pool, replica)
             if replica.state is ReplicaState.LOADING:
@@ -255,9 +252,10 @@ class Predictor:
         return self.chances(pool, tasks, now).get(task.task_id) if task.state is TaskState.QUEUED else None
 
     def chances(self, pool: Pool, tasks: Mapping[str, Task], now: float) -> dict[str, float]:
-        """The same of all who wait in the pool, in one pass; those that have a deadline."""
+        """The same of those who wait in the pool, in one pass; those that have a deadline. Nothing is said of who has
+        EXACT_MAX or more ahead."""
         model = self._model(pool)
-        waiting = [tasks[task_id] for task_id in pool.queue]
+        waiting = [tasks[task_id] for task_id in pool.queue.first(EXACT_MAX)]
         if not model.is_known or all(task.deadline_s is None for task in waiting):
             return {}
         serving, lanes = self._lanes(pool, tasks, now)
@@ -271,12 +269,11 @@ class Predictor:
                 if tasks[task_id].state is TaskState.RUNNING
             }
             slots.append([holders.get(slot, free_in_s) for slot, free_in_s in enumerate(lane.free_in_s)])
-        exclusive = pool.spec.strict_needs_exclusive
         masks = [replica.device_ids for replica in serving]
         waiters = [
             Waiter(
                 task.number,
-                task.is_strict and exclusive,
+                self._is_exclusive(pool, task),
                 [self._work(model, task, mask) for mask in masks],
                 None if task.deadline_s is None else task.deadline_s - now,
             )
@@ -298,28 +295,70 @@ class Predictor:
         left_s = None if task.deadline_s is None else task.deadline_s - now
         return Holder(task.number, self._work(model, task, replica.device_ids, spent_s), left_s)
 
-    def _starts(self, pool: Pool, tasks: Mapping[str, Task], waiting: Sequence[Task], now: float) -> dict[str, float]:
+    @staticmethod
+    def _is_exclusive(pool: Pool, task: Task) -> bool:
+        return task.is_strict and pool.spec.strict_needs_exclusive
+
+    def _start_s(self, pool: Pool, task: Task, tasks: Mapping[str, Task], now: float) -> float | None:
+        """Seconds until a task that waits starts."""
+        course = self._course(pool, task.priority, tasks, now)
+        if course is None:  # a lone task in front of an idle replica starts at once, whatever the speeds are
+            return 0.0 if len(pool.queue) == 1 and self._is_free_now(pool, tasks, now) else None
+        start_s = course.starts_s.get(task.task_id)
+        if start_s is None:
+            start_s = self._far_s(pool, course, pool.queue.place(task.task_id), tasks, now)
+        return course.left_s(start_s, now)
+
+    def _far_s(self, pool: Pool, course: Course, ahead: int, tasks: Mapping[str, Task], now: float) -> float:
+        """The start of one who has so many ahead, more than are played."""
+        if pool.pace is None or not pool.pace.is_of_use(len(pool.queue), now):
+            some = pool.queue.first(EXACT_MAX), pool.queue.sample(SAMPLE)
+            near_s, all_s = (self._mean_interval_s(pool, [tasks[one] for one in ids]) for ids in some)
+            pool.pace = Pace(now, len(pool.queue), all_s / near_s if near_s else 1.0)
+        # What is lost between unlike tasks, when slots are kept free for a strict one, is in the starts alone.
+        return course.earliest_s + (ahead - EXACT_MAX + 1) * course.interval_s() * pool.pace.factor
+
+    def _course(self, pool: Pool, last: Priority, tasks: Mapping[str, Task], now: float) -> Course | None:
+        """Of those who wait, up to this priority. None where nothing is known."""
         model = self._model(pool)
-        serving, lanes = self._lanes(pool, tasks, now)
-        if not lanes or not (model.is_known or self._is_free_now(lanes, waiting)):
-            return {}
-        exclusive = pool.spec.strict_needs_exclusive
-        masks = [replica.device_ids for replica in serving]
+        if not model.is_known or not pool.is_coming:
+            return None
+        key: Hashable = model.learned, tuple(replica.occupation() for replica in pool.replicas.values())
+        before: Course | None = None
+        for priority in PRIORITIES[: PRIORITIES.index(last) + 1]:
+            line = pool.queue.lines[priority]
+            key = key, line.removals
+            course = pool.courses.get(priority)
+            if course is None or not course.is_of_use(key, now):
+                course = Course(key, now, *self._lanes(pool, tasks, now)) if before is None else before.branch(key)
+                pool.courses[priority] = course
+            if not course.lanes:
+                return None
+            self._play_on(pool, course, line, tasks)
+            key, before = (key, course.at_s, course.played), course
+        return before
 
-        def services_s(task: Task) -> list[float]:
-            return [self._service_s(model, task, mask) if model.is_known else 0.0 for mask in masks]
-
-        return forecast(lanes, [(t.task_id, t.is_strict and exclusive, services_s(t)) for t in waiting])
+    def _play_on(self, pool: Pool, course: Course, line: Line, tasks: Mapping[str, Task]) -> None:
+        """Those of the line who have come since, as far as it is played."""
+        room = EXACT_MAX - len(course.starts_s)
+        if course.played == len(line) or not room:
+            return
+        model, strict_needs_exclusive = self._model(pool), pool.spec.strict_needs_exclusive
+        rates = [model.speeds(replica.device_ids).rates_s() for replica in course.replicas]
+        for task_id in line.some(course.played, course.played + room):
+            task = tasks[task_id]
+            tokens_in = task.tokens_in or 0
+            tokens_out = model.lengths.expected(task.tokens_out_max, task.request.expected_tokens)
+            services_s = [fixed_s + tokens_in * in_s + tokens_out * out_s for fixed_s, in_s, out_s in rates]
+            course.play(task_id, services_s, exclusive=strict_needs_exclusive and task.is_strict)
 
     def _slot_wait_s(self, pool: Pool, tasks: Mapping[str, Task], now: float) -> float | None:
         _, lanes = self._lanes(pool, tasks, now)
         wait_s = min((lane.start(exclusive=False) for lane in lanes), default=None)
         return wait_s if self._model(pool).is_known or wait_s == 0 else None
 
-    @staticmethod
-    def _is_free_now(lanes: list[Lane], waiting: Sequence[Task]) -> bool:
-        """A lone task in front of an idle replica starts at once, whatever the speeds are."""
-        return len(waiting) == 1 and any(max(lane.free_in_s) == 0 for lane in lanes)
+    def _is_free_now(self, pool: Pool, tasks: Mapping[str, Task], now: float) -> bool:
+        return any(max(lane.free_in_s) == 0 for lane in self._lanes(pool, tasks, now)[1])
 
     def _lanes(self, pool: Pool, tasks: Mapping[str, Task], now: float) -> tuple[list[Replica], list[Lane]]:
         """The replicas that serve, and those that come at a time that is known."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Iterator
+from itertools import islice
 from typing import Literal
 
 from llama_orch.contract.models import Priority
+from llama_orch.core.line import Line
 
 FullPolicy = Literal["reject", "drop-lru"]
 
@@ -19,13 +20,12 @@ class QueueFull(Exception):
 
 
 class TaskQueue:
-    """Task ids in order. Every operation but `positions` takes constant time, at any length."""
+    """Task ids in order. Every operation takes constant or logarithmic time, at any length."""
 
     def __init__(self, capacity: int, full_policy: FullPolicy) -> None:
         self.capacity = capacity
         self.full_policy: FullPolicy = full_policy
-        # OrderedDict and not dict: taking the head of a dict scans over all that was removed before it.
-        self._lines: dict[Priority, OrderedDict[str, None]] = {priority: OrderedDict() for priority in PRIORITIES}
+        self.lines = {priority: Line() for priority in PRIORITIES}
         self._length = 0  # asked for at every turn of the scheduler
 
     def __len__(self) -> int:
@@ -33,15 +33,15 @@ class TaskQueue:
 
     def __iter__(self) -> Iterator[str]:
         """Ids in the order of service."""
-        for line in self._lines.values():
+        for line in self.lines.values():
             yield from line
 
     def depth(self, priority: Priority) -> int:
-        return len(self._lines[priority])
+        return len(self.lines[priority])
 
     def has_ahead_of(self, newcomer: Priority) -> bool:
         """Whether anybody waits who goes before a newcomer of this priority."""
-        return any(self._lines[priority] for priority in PRIORITIES[: PRIORITIES.index(newcomer) + 1])
+        return any(self.lines[priority] for priority in PRIORITIES[: PRIORITIES.index(newcomer) + 1])
 
     def is_closed_to(self, newcomer: Priority) -> bool:
         """Whether `put` would raise QueueFull."""
@@ -52,7 +52,7 @@ class TaskQueue:
     def put(self, task_id: str, priority: Priority) -> str | None:
         """Append; return the id that was dropped to make room, if any. Raises QueueFull."""
         dropped = self._make_room(priority)
-        self._lines[priority][task_id] = None
+        self.lines[priority].put(task_id)
         self._length += 1
         return dropped
 
@@ -62,28 +62,56 @@ class TaskQueue:
         victims = None if self.full_policy == "reject" else self._droppable(newcomer)
         if victims is None:
             raise QueueFull
-        self._length -= 1
-        return self._lines[victims].popitem(last=False)[0]
+        dropped = self.lines[victims].first()
+        if dropped is not None:
+            self.remove(dropped)
+        return dropped
 
     def _droppable(self, newcomer: Priority) -> Priority | None:
         """The lowest priority that is present (HP-ADM-3), unless the newcomer would be served later than it."""
         for priority in reversed(PRIORITIES):
-            if self._lines[priority]:
+            if self.lines[priority]:
                 return priority if PRIORITIES.index(priority) >= PRIORITIES.index(newcomer) else None
         return None
 
     def head(self) -> str | None:
-        return next(iter(self), None)
+        for line in self.lines.values():
+            if (first := line.first()) is not None:
+                return first
+        return None
 
     def remove(self, task_id: str) -> bool:
         """Take out, wherever it stands; False when it is not here."""
-        for line in self._lines.values():
+        for line in self.lines.values():
             if task_id in line:
-                del line[task_id]
+                line.remove(task_id)
                 self._length -= 1
                 return True
         return False
 
-    def positions(self) -> dict[str, int]:
-        """Id -> tasks ahead of it, for all in one pass."""
-        return {task_id: position for position, task_id in enumerate(self)}
+    def place(self, task_id: str) -> int:
+        """Tasks ahead of it; KeyError when it is not here."""
+        ahead = 0
+        for line in self.lines.values():
+            if task_id in line:
+                return ahead + line.place(task_id)
+            ahead += len(line)
+        raise KeyError(task_id)
+
+    def first(self, count: int) -> list[str]:
+        """So many of them, in the order of service; all where there are fewer."""
+        return list(islice(self, count))
+
+    def sample(self, count: int) -> list[str]:
+        """So many of them, evenly over the whole queue; all where there are fewer."""
+        if len(self) <= count:
+            return list(self)
+        return [self.at((2 * step + 1) * len(self) // (2 * count)) for step in range(count)]
+
+    def at(self, place: int) -> str:
+        """Who has so many ahead; IndexError where nobody has."""
+        for line in self.lines.values():
+            if place < len(line):
+                return line.at(place)
+            place -= len(line)
+        raise IndexError(place)

@@ -6,7 +6,7 @@ From `loading` to `unloading`, `backoff` included, it holds memory on its device
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -134,6 +134,11 @@ class Replica:
     @property
     def is_coming(self) -> bool:
         return self.state in COMES and not self.is_closing
+
+    def occupation(self) -> Hashable:
+        """All of it that bears on when its slots get free, but for the progress of those who hold them."""
+        own = self.replica_id, self.state, self.is_closing, self.is_launched, self.loading_since_s, self.retry_at_s
+        return own, self.slots, tuple(self.leases.items())
 
     def step(self, event: ReplicaEvent) -> None:
         self.state = TRANSITIONS[self.state, event]

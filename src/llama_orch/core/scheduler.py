@@ -151,7 +151,7 @@ class Scheduler:
     def _remember_prediction(self, task: Task, now: float) -> None:
         """What the task is told now, to be held against the truth later (HP-PLC-3)."""
         if task.state is TaskState.QUEUED:
-            start_in_s = self.predictor.outlooks(task.pool, self.tasks, now)[task.task_id].start_in_s
+            start_in_s = self.predictor.outlook(task, self.tasks, now).start_in_s
             task.predicted_s = None if start_in_s is None else now + start_in_s
 
     def settle(self, now: float) -> None:

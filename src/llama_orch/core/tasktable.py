@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
 from collections import deque
+from heapq import heapify, heappop, heappush
 
 from llama_orch.core.task import ENDED, Task
 from llama_orch.errors import NotFound
@@ -17,7 +17,9 @@ class TaskTable:
     def __init__(self, retain_s: float) -> None:
         self.tasks: dict[str, Task] = {}
         self._retain_s = retain_s
-        self._deadlines: list[tuple[float, int, str]] = []  # sorted; of the tasks that have not ended
+        # A heap. Who has ended stays in it until it comes up, or until most of it are such.
+        self._deadlines: list[tuple[float, int, str]] = []
+        self._with_deadline = 0  # tasks that have one and have not ended
         self._ended: deque[tuple[float, str]] = deque()
 
     def known(self, task_id: str) -> Task:
@@ -29,7 +31,8 @@ class TaskTable:
     def add(self, task: Task) -> None:
         self.tasks[task.task_id] = task
         if task.deadline_s is not None:
-            insort(self._deadlines, (task.deadline_s, task.number, task.task_id))
+            heappush(self._deadlines, (task.deadline_s, task.number, task.task_id))
+            self._with_deadline += 1
 
     def withdraw(self, task: Task) -> None:
         """It was not admitted after all."""
@@ -39,7 +42,20 @@ class TaskTable:
     def settle_deadline(self, task: Task) -> None:
         """The deadline means nothing any more."""
         if task.deadline_s is not None:
-            del self._deadlines[bisect_left(self._deadlines, (task.deadline_s, task.number, task.task_id))]
+            self._with_deadline -= 1
+            if len(self._deadlines) > 64 + 2 * self._with_deadline:
+                self._deadlines = [one for one in self._deadlines if self._is_waited_for(one)]
+                heapify(self._deadlines)
+
+    def _is_waited_for(self, deadline: tuple[float, int, str]) -> bool:
+        _, number, task_id = deadline
+        task = self.tasks.get(task_id)  # an id may come again once its task is forgotten
+        return task is not None and task.number == number and task.state not in ENDED
+
+    def _next_deadline(self) -> tuple[float, int, str] | None:
+        while self._deadlines and not self._is_waited_for(self._deadlines[0]):
+            heappop(self._deadlines)
+        return self._deadlines[0] if self._deadlines else None
 
     def retire(self, task: Task, now: float) -> None:
         """Once a task has ended and holds nothing, its time of retention begins."""
@@ -48,9 +64,8 @@ class TaskTable:
 
     def next_late(self, now: float) -> Task | None:
         """A task whose deadline has passed."""
-        if self._deadlines and self._deadlines[0][0] <= now:
-            return self.tasks[self._deadlines[0][2]]
-        return None
+        first = self._next_deadline()
+        return self.tasks[first[2]] if first is not None and first[0] <= now else None
 
     def is_crowded(self, now: float) -> bool:
         """Whether the task that ended first is to be forgotten."""
@@ -66,7 +81,8 @@ class TaskTable:
 
     def next_due(self) -> list[float]:
         """When a deadline passes or a task is to be forgotten."""
-        due = [self._deadlines[0][0]] if self._deadlines else []
+        first = self._next_deadline()
+        due = [] if first is None else [first[0]]
         if self._ended:
             ended_s = self._ended[0][0]
             due.append(ended_s if len(self._ended) > RETAINED_MAX else ended_s + self._retain_s)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import Counter
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from contextvars import Context
@@ -25,7 +26,7 @@ from llama_orch.core.effects import Abort, Admitted, Effect, Ended, Evict, Forge
 from llama_orch.core.pool import Pool
 from llama_orch.core.prediction import Outlook
 from llama_orch.core.scheduler import Scheduler
-from llama_orch.core.task import Task
+from llama_orch.core.task import ENDED, Task
 from llama_orch.errors import Internal, LlorchError, NotFound, PoolUnready, ReplicaExhausted
 from llama_orch.models.catalog import Entry
 from llama_orch.observe.journal import Journal
@@ -96,6 +97,8 @@ class Orchestrator:
         self._retained_bytes = 0
         self._fresh_until = 0.0
         self.streams_open = 0
+        self._looked_at = Counter[str]()  # task id -> its open streams
+        self._chances: dict[str, float] = {}  # of those who wait and have a deadline, when frames were last made fresh
 
     # -- life --------------------------------------------------------------------------------------------------------
 
@@ -233,9 +236,19 @@ class Orchestrator:
             await self._decoding.evicted(warmth.replica_id, warmth.slot)
 
     def open_stream(self, task_id: str, after: int) -> Reader:
-        self.scheduler.known(task_id)
-        on_close = self.count_stream()
-        return self._streams[task_id].open(after, correlation_id=correlation_id.get(), on_close=on_close)
+        task = self.scheduler.known(task_id)
+        not_open = self.count_stream()
+        self._looked_at[task_id] += 1
+        if self._looked_at[task_id] == 1 and task.state not in ENDED:  # nobody has kept it fresh
+            self._tell(task, self._clock.now())
+
+        def closed() -> None:
+            not_open()
+            self._looked_at[task_id] -= 1
+            if not self._looked_at[task_id]:
+                del self._looked_at[task_id]
+
+        return self._streams[task_id].open(after, correlation_id=correlation_id.get(), on_close=closed)
 
     def count_stream(self) -> Callable[[], None]:
         """One more is open, until what is returned is called, once. Raises ReplicaExhausted."""
@@ -257,7 +270,7 @@ class Orchestrator:
     def outlook(self, task: Task) -> Outlook:
         if task.state is not TaskState.QUEUED:
             return views.NOT_WAITING
-        return self.scheduler.predictor.outlooks(task.pool, self.scheduler.tasks, self._clock.now())[task.task_id]
+        return self.scheduler.predictor.outlook(task, self.scheduler.tasks, self._clock.now())
 
     def now(self) -> float:
         return self._clock.now()
@@ -362,17 +375,23 @@ class Orchestrator:
     # -- time ----------------------------------------------------------------------------------------------------------
 
     def _freshen(self) -> None:
-        """A `metrics` frame for every task that runs or waits."""
+        """A `metrics` frame for every task that somebody looks at, while it runs or waits."""
         now = self._clock.now()
+        tasks, predictor = self.scheduler.tasks, self.scheduler.predictor
+        self._chances = {}
         for pool in self.scheduler.fleet.every_pool():
-            outlooks = self.scheduler.predictor.outlooks(pool, self.scheduler.tasks, now) if len(pool.queue) else {}
-            chances = self.scheduler.predictor.chances(pool, self.scheduler.tasks, now) if outlooks else {}
-            for task_id, outlook in outlooks.items():
-                frame = self._metrics_frame(self.scheduler.tasks[task_id], outlook, chances.get(task_id))
-                self._streams[task_id].metrics(frame)
-        for task in self._decoding.running():
+            self._chances |= predictor.chances(pool, tasks, now)
+        for task_id in list(self._looked_at):
+            task = tasks.get(task_id)
+            if task is not None and task.state not in ENDED:
+                self._tell(task, now)
+
+    def _tell(self, task: Task, now: float) -> None:
+        if task.state is TaskState.QUEUED:
+            chance = self._chances.get(task.task_id)
+        else:
             chance = self.scheduler.predictor.on_time(task.pool, task, self.scheduler.tasks, now)
-            self._streams[task.task_id].metrics(self._metrics_frame(task, views.NOT_WAITING, chance))
+        self._streams[task.task_id].metrics(self._metrics_frame(task, self.outlook(task), chance))
 
     def _metrics_frame(self, task: Task, outlook: Outlook, chance: float | None) -> MetricsFrame:
         left = self.scheduler.book.sessions.left(task.request.session_id)
