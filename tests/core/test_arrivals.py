@@ -45,11 +45,8 @@ def test_who_waits_has_a_place_and_no_predicted_start(scheduler: Scheduler) -> N
     """For however long: there is nothing of ours that could make it come sooner, and it is not given up."""
     for now in (0.0, 59.0, 3600.0):
         scheduler.tick(now)
-        outlooks = scheduler.predictor.outlooks(coming(scheduler), scheduler.tasks, now)
-        assert [(outlooks[name].queue_position, outlooks[name].start_in_s) for name in ("a", "b")] == [
-            (0, None),
-            (1, None),
-        ]
+        outlooks = [scheduler.predictor.outlook(scheduler.tasks[name], scheduler.tasks, now) for name in ("a", "b")]
+        assert [(one.queue_position, one.start_in_s) for one in outlooks] == [(0, None), (1, None)]
     assert coming(scheduler).is_live
     assert not coming(scheduler).is_ready
 

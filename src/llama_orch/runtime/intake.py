@@ -12,7 +12,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from msgspec import UNSET
+from msgspec import UNSET, structs
 
 from llama_orch.contract.models import TaskRequest
 from llama_orch.core import admission, refusals
@@ -121,3 +121,9 @@ async def render(worker: Worker, request: TaskRequest) -> Sequence[str]:
         return admission.texts(request)
     messages = [{"role": message.role.value, "content": message.content} for message in request.messages]
     return [await worker.render_chat(messages)]
+
+
+def with_lower_ids(request: TaskRequest) -> TaskRequest:
+    """A UUID is the same in either case of its letters, and so is what it names."""
+    ids = {name: value.lower() for name in ("task_id", "session_id") if (value := getattr(request, name)) is not None}
+    return structs.replace(request, **ids) if ids else request

@@ -15,8 +15,6 @@ from contextvars import Context
 from dataclasses import replace
 from typing import Any
 
-from msgspec import structs
-
 from llama_orch.clock import Clock, new_id, new_seed
 from llama_orch.context import correlation_id
 from llama_orch.contract.config import Settings
@@ -37,7 +35,7 @@ from llama_orch.runtime.bars import Bars
 from llama_orch.runtime.builder import Builder
 from llama_orch.runtime.catalog import Catalog
 from llama_orch.runtime.decoding import Decoding
-from llama_orch.runtime.intake import Intake, Measured
+from llama_orch.runtime.intake import Intake, Measured, with_lower_ids
 from llama_orch.runtime.keeper import Keeper
 from llama_orch.runtime.on_demand import Look, Shelf
 from llama_orch.runtime.replicas import Replicas
@@ -164,7 +162,7 @@ class Orchestrator:
 
     async def submit(self, request: TaskRequest) -> Task:
         """Admit a task. Raises the contract's refusals."""
-        request = _with_lower_ids(request)
+        request = with_lower_ids(request)
         pool: Pool | None = None
         try:
             earlier = self.scheduler.repeated(request)
@@ -396,9 +394,3 @@ class Orchestrator:
     def _metrics_frame(self, task: Task, outlook: Outlook, chance: float | None) -> MetricsFrame:
         left = self.scheduler.book.sessions.left(task.request.session_id)
         return views.metrics_frame(task, outlook, len(task.pool.queue), chance, left)
-
-
-def _with_lower_ids(request: TaskRequest) -> TaskRequest:
-    """A UUID is the same in either case of its letters, and so is what it names."""
-    ids = {name: value.lower() for name in ("task_id", "session_id") if (value := getattr(request, name)) is not None}
-    return structs.replace(request, **ids) if ids else request
