@@ -8,16 +8,17 @@ import select
 import socket
 import threading
 from contextlib import ExitStack, closing
-from http.client import HTTPResponse
+from http.client import HTTPResponse, IncompleteRead
 from typing import Any
 
 import pytest
+from msgspec import structs
 
 from llama_orch.api import bodies
 from tests.live.client import until
 
 from .artifacts_fake import FakeArtifacts
-from .harness import MAX_BODY_BYTES, Answer, Server, a_request, serving
+from .harness import MAX_BODY_BYTES, SETTINGS, Answer, Server, a_request, serving
 
 pytestmark = pytest.mark.spec("HP-ERR-2", "HP-ART-1")
 
@@ -92,6 +93,33 @@ def test_who_sends_nothing_holds_nothing(busy: tuple[list[int], threading.Event]
                     client.shutdown(socket.SHUT_WR)
                     until(lambda client=client: is_answered(client))  # type: ignore[misc]
         assert put_again(server) == [201] * (3 * AT_ONCE)
+
+
+def test_slow_readers_of_artifacts_hold_no_more_than_the_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So many may read at once; the others are told to come again, and can once somebody has read or is cut off."""
+    monkeypatch.setattr(bodies, "HELD_MIN_BYTES", 10 << 20)
+    settings = structs.replace(SETTINGS, server=structs.replace(SETTINGS.server, max_body_bytes=8 << 20))
+    content = {"text": "x" * (4 << 20)}
+    with serving(settings) as server, ExitStack() as stack:
+        put = server.call("POST", "/v1/artifacts", body=json.dumps({"kind": "other", "content": content}).encode())
+        path = f"/v1/artifacts/{put.json['id']}"
+        slow = [stack.enter_context(closing(server.connect(a_request("GET", path)))) for _ in range(2)]
+        until(lambda: all(is_answered(client) for client in slow))
+        refused = server.call("GET", path)
+        assert (refused.http_status, refused.json["code"]) == (503, "REPLICA_EXHAUSTED")
+        assert answer_of(slow[0]).json["content"] == content
+        assert server.call("GET", path).json["content"] == content
+        monkeypatch.setattr(bodies, "PIECE_LIMIT_S", 0.5)
+        fourth = stack.enter_context(closing(server.connect(a_request("GET", path))))
+        until(lambda: is_answered(fourth))
+        with pytest.raises((ConnectionError, IncompleteRead)):
+            _read_after_a_while(fourth, server, path)
+
+
+def _read_after_a_while(client: socket.socket, server: Server, path: str) -> Answer:
+    """Once its place was given to somebody else."""
+    until(lambda: server.call("GET", path).http_status == 200)
+    return answer_of(client)
 
 
 def put_again(server: Server) -> list[int]:

@@ -1,23 +1,28 @@
-"""How much memory the bodies of requests may take, all together. What came of a body is counted until its answer
-begins: until then it is read, checked, or waits, for the one writer of the stores as a rule (HP-ERR-2)."""
+"""How much memory the bodies of requests may take, all together, and those of large answers. What came of a request's
+body is counted until its answer begins: until then it is read, checked, or waits, for the one writer of the stores as a
+rule. An answer is counted until it is sent (HP-ERR-2)."""
 
 from __future__ import annotations
 
-from starlette.types import Message, Receive
+import asyncio
 
-from llama_orch.errors import PayloadTooLarge, ReplicaExhausted
+from starlette.types import Message, Receive, Scope, Send
+
+from llama_orch.errors import PayloadTooLarge, PolicyDenied, ReplicaExhausted
 
 HELD_MIN_BYTES = 64 << 20
 BODIES_MIN = 4  # of the largest size that is taken, should that be more
 RETRY_AFTER_MS = 1000
+PIECE_BYTES, PIECE_LIMIT_S = 1 << 16, 30.0  # of a large answer; who does not take one in this time is cut off
 
 
 class Bodies:
-    """Those of one listener. What is said of a length is not counted, but what has come: who sends nothing holds
-    nothing."""
+    """Those of one listener, or its large answers. What is said of a length is not counted, but what has come: who
+    sends nothing holds nothing."""
 
-    def __init__(self, max_body_bytes: int) -> None:
+    def __init__(self, max_body_bytes: int, what: str = "the bodies of requests that are under way") -> None:
         self.max_body_bytes = max_body_bytes
+        self._what = what
         self._held_max = max(HELD_MIN_BYTES, BODIES_MIN * max_body_bytes)
         self._held = 0
 
@@ -39,7 +44,7 @@ class Bodies:
 
     def no_room(self) -> ReplicaExhausted:
         return ReplicaExhausted(
-            f"the bodies of requests that are under way hold {self._held_max} bytes, which is the most; repeat shortly",
+            f"{self._what} hold {self._held_max} bytes, which is the most; repeat shortly",
             retry_after_ms=RETRY_AFTER_MS,
             policy_label="bodies",
         )
@@ -77,3 +82,29 @@ class Body:
         """Its answer begins, or there is none."""
         self._bodies.release(self._held)
         self._held = 0
+
+
+class LargeAnswer:
+    """A JSON answer that is sent piece by piece, so that who reads slowly holds what is counted and no more. Raises
+    ReplicaExhausted where there is no room for it."""
+
+    def __init__(self, body: bytes, bodies: Bodies) -> None:
+        if not bodies.take(len(body)):
+            raise bodies.no_room()
+        self._body = body
+        self._bodies = bodies
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        length = str(len(self._body)).encode()
+        headers = [(b"content-type", b"application/json"), (b"content-length", length)]
+        try:
+            await send({"type": "http.response.start", "status": 200, "headers": headers})
+            for place in range(0, len(self._body), PIECE_BYTES):
+                piece = self._body[place : place + PIECE_BYTES]
+                more = place + PIECE_BYTES < len(self._body)
+                async with asyncio.timeout(PIECE_LIMIT_S):
+                    await send({"type": "http.response.body", "body": piece, "more_body": more})
+        except TimeoutError as error:
+            raise PolicyDenied("the answer was read too slowly", policy_label="slow-reader") from error
+        finally:
+            self._bodies.release(len(self._body))

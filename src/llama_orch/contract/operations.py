@@ -220,7 +220,7 @@ OPERATIONS: dict[str, Operation] = {
         (
             Parameter('id', 'path', Annotated[str, Meta(min_length=1, max_length=128)], True, None),
         ),
-        (200, 400, 401, 403, 404, 507), is_open=False,
+        (200, 400, 401, 403, 404, 503, 507), is_open=False,
     ),
     'deleteArtifact': Operation(
         'deleteArtifact', 'control', 'DELETE', '/v1/artifacts/{id}', None,
