@@ -17,7 +17,7 @@ from contextlib import aclosing
 from pathlib import Path
 
 import httpx
-from served import a_service
+from served import a_service, until_ready
 
 from llama_orch.engines.base import Chunk, Job, ReplicaSpec, Sampling, Worker
 from llama_orch.engines.llamacpp import LlamaCppEngine
@@ -48,11 +48,6 @@ async def through_ms(client: httpx.AsyncClient, seed: int) -> float:
             if line == "event: token" and not first:
                 first = (time.perf_counter() - began) * 1000
     return first
-
-
-async def until_ready(client: httpx.AsyncClient) -> None:
-    while not (await client.get("/v1/pools/default")).json()["ready"]:  # noqa: ASYNC110
-        await asyncio.sleep(0.05)
 
 
 async def main(rounds: int) -> None:

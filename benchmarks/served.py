@@ -61,6 +61,11 @@ async def a_service(configuration: Mapping[str, Any], home: Path) -> AsyncIterat
         await process.wait()
 
 
+async def until_ready(client: httpx.AsyncClient, pool_id: str = "default") -> None:
+    while not (await client.get(f"/v1/pools/{pool_id}")).json()["ready"]:  # noqa: ASYNC110
+        await asyncio.sleep(0.05)
+
+
 def _files(configuration: Mapping[str, Any], home: Path) -> tuple[Path, Path]:
     """The configuration, written, and where its log goes."""
     home.mkdir(parents=True, exist_ok=True)

@@ -51,9 +51,14 @@ class Metrics:
                     metric.name, metric.help, metric.labels, buckets=metric.buckets, registry=self._registry
                 )
         self._registry.register(_Gauges(read_gauges))
+        # What `labels` finds takes longer than what is done with it, and some are moved once for each token.
+        self._series: dict[tuple[str, tuple[tuple[str, str], ...]], Counter] = {}
 
     def count(self, name: str, labels: dict[str, str], amount: float = 1) -> None:
-        self._counters[name].labels(**labels).inc(amount)
+        key = name, tuple(labels.items())
+        if (series := self._series.get(key)) is None:
+            series = self._series[key] = self._counters[name].labels(**labels)
+        series.inc(amount)
 
     def observe(self, name: str, labels: dict[str, str], value: float) -> None:
         self._histograms[name].labels(**labels).observe(value)
