@@ -38,7 +38,7 @@ from llama_orch.observe import logs
 from llama_orch.outbound.plugins import Plugins
 from llama_orch.runtime.builder import Builder
 from llama_orch.runtime.hashing import HashingProcess
-from llama_orch.runtime.library import CatalogLibrary, FileLibrary
+from llama_orch.runtime.library import CatalogLibrary, FileLibrary, Model, RemoteLibrary
 from llama_orch.runtime.plan import Plan, PlanError, plan_with
 from llama_orch.runtime.sight import sight_of
 from llama_orch.runtime.wiring import Keeping, wire
@@ -83,7 +83,7 @@ def _serve_with(database: Database, settings: Settings, home: Home, token: str, 
         sources = discover(settings.devices, lambda uuids: _can_use_cuda(settings, uuids))
         digests = Digests(home.path / "digests.json")
         keeping = _catalog(database, settings, digests, lifeline=lifeline)
-        plan = plan_with(_builder(engines, sources, home, digests, keeping.book), settings)
+        plan = plan_with(_builder(settings, engines, sources, home, digests, keeping.book), settings)
         listener = _bind(settings)
     except (PlanError, DeviceError, ValueError, OSError) as error:
         for problem in getattr(error, "problems", [str(error)]):
@@ -106,14 +106,22 @@ def _swept(sweep: Future[int]) -> None:
 
 
 def _builder(
-    engines: Mapping[str, Engine], sources: Sequence[Source], home: Home, digests: Digests, book: CatalogBook
+    settings: Settings,
+    engines: Mapping[str, Engine],
+    sources: Sequence[Source],
+    home: Home,
+    digests: Digests,
+    book: CatalogBook,
 ) -> Builder:
     """Knows what earlier loads really took."""
-    calibration, library = (
-        Calibration(home.path / "calibration.json"),
-        CatalogLibrary(book, FileLibrary(), home.path / FETCHED_NAME),
-    )
-    return Builder(engines, sources, library, calibration, lambda model: digests.known(model.path))
+    calibration = Calibration(home.path / "calibration.json")
+    files = CatalogLibrary(book, FileLibrary(), home.path / FETCHED_NAME)
+    library = RemoteLibrary(settings.engines.openai.servers, files)
+
+    def digest_known(model: Model) -> str | None:
+        return None if model.path is None else digests.known(model.path)
+
+    return Builder(engines, sources, library, calibration, digest_known)
 
 
 def _catalog(database: Database, settings: Settings, digests: Digests, *, lifeline: bool) -> Keeping:
@@ -261,7 +269,9 @@ def _bind(settings: Settings) -> socket.socket:
 
 def _engines(settings: Settings) -> dict[str, Engine]:
     llamacpp = settings.engines.llamacpp
-    return build_engines(llamacpp.launcher, llamacpp.binary, llamacpp.extra_args)
+    return build_engines(
+        llamacpp.launcher, llamacpp.binary, llamacpp.extra_args, servers=settings.engines.openai.servers
+    )
 
 
 def _can_use_cuda(settings: Settings, uuids: tuple[str, ...]) -> bool:

@@ -38,6 +38,18 @@ def an_idle_pool_on_llamacpp(stage: Stage, ctx: int = 2048) -> None:
 
 
 @state
+def an_idle_pool_that_knows_tools(stage: Stage) -> None:
+    """Likewise, of the model with a chat template that has tools as Qwen's has them."""
+    stage.raise_service(Installation(engine="llamacpp", knows_tools=True))
+
+
+@state
+def an_idle_pool_on_a_server_elsewhere(stage: Stage) -> None:
+    """The pool's model is `openai:box/org/model`, of a server that was reached and has nothing to do."""
+    stage.raise_service(Installation(engine="openai", upstream=stage.upstream))
+
+
+@state
 def a_session(stage: Stage, session_id: str, budget_tokens: int | None = None, max_turns: int = 8) -> None:
     """A task of it has ended. `budget_tokens`: what its tasks may use together, enforced; `max_turns`: how many."""
     stage.raise_service(Installation(budget_tokens=budget_tokens, max_turns=max_turns))

@@ -28,6 +28,10 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"known: {', '.join(names) or 'none'}"
 
 
+# The contract's patterns, by what only they have.
+PATTERNS = {"[0-9a-fA-F]{8}": "must be a UUID", "[A-Za-z0-9_-]*": "may have letters, digits, `_` and `-` only"}
+
+
 def body_problem(exc: ValidationError, body_type: Any) -> str:
     return f"body: {_problem(exc, body_type)}"
 
@@ -50,7 +54,7 @@ def _problem(exc: ValidationError, root: Any) -> str:
     reason, path = (match[1], match[2]) if match else (str(exc), None)
     nodes = _at(root, path or "$")
     if found := _pattern(reason):
-        reason = "must be a UUID" if "{8}" in found[1] else f"must match {found[1]}"
+        reason = next((words for pattern, words in PATTERNS.items() if pattern in found[1]), f"must match {found[1]}")
     elif found := _unknown_field(reason):
         names = [field.encode_name for node in nodes if isinstance(node, inspect.StructType) for field in node.fields]
         reason = f"unknown field `{found[1][:NAME_MAX_CHARS]}`; {nearest(found[1], names)}"

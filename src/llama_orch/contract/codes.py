@@ -30,7 +30,7 @@ CODES: dict[ErrorCode, CodeFacts] = {
     ErrorCode.POOL_UNAVAILABLE: CodeFacts(503, True, 'No replica of the pool can serve.'),
     ErrorCode.REPLICA_EXHAUSTED: CodeFacts(503, True, 'The service holds as many streams, tasks or requests as its limits allow.'),
     ErrorCode.DECODE_TIMEOUT: CodeFacts(504, True, 'The engine made no token for too long.'),
-    ErrorCode.WORKER_RESET: CodeFacts(503, True, 'The worker died under the task and is started again.'),
+    ErrorCode.WORKER_RESET: CodeFacts(503, True, 'The worker died under the task and is started again, or a server elsewhere broke off.'),
     ErrorCode.DEADLINE_UNMET: CodeFacts(429, True, 'The deadline cannot be met or was missed.'),
     ErrorCode.BUDGET_EXHAUSTED: CodeFacts(429, False, "The session's budget is spent."),
     ErrorCode.SESSION_EXPIRED: CodeFacts(409, False, 'The session has ended.'),

@@ -42,11 +42,33 @@ class CtransformersSettings(Struct, kw_only=True, frozen=True, forbid_unknown_fi
     """The ctransformers engine has no settings."""
 
 
+class OpenaiServerSettings(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
+    """One server."""
+
+    name: Annotated[str, Meta(pattern='^[A-Za-z0-9._-]{1,64}$(?!\\n)')]
+    base_url: Annotated[str, Meta(min_length=1, max_length=2048)]  # What its clients are given, as in `http://10.0.0.7:8000/v1`.
+    api_key_file: str | None = None  # Path of a file with the key and nothing else, which only you can read (mode 0600).
+    max_concurrency: Annotated[int, Meta(ge=1, le=1024)] | None = None  # Requests at a time, the slots of each of its pools. null: what the server tells, else 8.
+    ctx: Annotated[int, Meta(ge=64, le=16777216)] | None = None  # Tokens of context per request. null: what the server tells, else 4096.
+    workload: Literal['completion', 'embedding'] = 'completion'  # What its models are for. A server that does both is named twice.
+    json_schema: bool | None = None  # Whether it keeps a `response_format` of type `json_schema`. null: known of llama-server, vLLM and SGLang, else no.
+    health_interval_ms: Annotated[int, Meta(ge=100, le=3600000)] = 5000  # Between two looks at its health.
+    connect_timeout_ms: Annotated[int, Meta(ge=100, le=600000)] = 5000  # For a connection, and for an answer about its health.
+    busy_timeout_ms: Annotated[int, Meta(ge=0, le=86400000)] = 60000  # How long a task waits in all for a server that says that it is busy (429, 503).
+
+
+class OpenaiSettings(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
+    """Servers elsewhere that speak OpenAI's API."""
+
+    servers: Annotated[list[OpenaiServerSettings], Meta(max_length=64)] = field(default_factory=lambda: [])  # A pool of engine `openai` names one of them, and a model of it, as `openai:NAME/MODEL`.
+
+
 class EnginesSettings(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
     """How engines are started."""
 
     llamacpp: LlamacppSettings = field(default_factory=LlamacppSettings)  # The llama.cpp engine.
     ctransformers: CtransformersSettings = field(default_factory=CtransformersSettings)  # The ctransformers engine has no settings.
+    openai: OpenaiSettings = field(default_factory=OpenaiSettings)  # Servers elsewhere that speak OpenAI's API.
 
 
 class QueueSettings(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
@@ -61,7 +83,7 @@ class PoolSettings(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True
 
     id: Annotated[str, Meta(pattern='^[A-Za-z0-9._-]{1,64}$(?!\\n)')] = 'default'
     engine: Annotated[str, Meta(min_length=1, max_length=64)] = 'llamacpp'
-    model: Annotated[str, Meta(min_length=1, max_length=1024)] = 'builtin:tiny'  # `builtin:tiny`, `file:` and the path of a GGUF file, or the id or digest of a model of the catalog.
+    model: Annotated[str, Meta(min_length=1, max_length=1024)] = 'builtin:tiny'  # `builtin:tiny`, `file:` and the path of a GGUF file, the id or digest of a model of the catalog, or `openai:SERVER/MODEL` with engine `openai`.
     devices: Literal['auto'] | Annotated[list[Annotated[str, Meta(min_length=1)]], Meta(min_length=1)] = 'auto'  # `auto`, or the ids of the devices that the pool may use, one replica on each.
     replicas: Literal['auto'] | Annotated[int, Meta(ge=1, le=64)] = 'auto'  # `auto`: one on each device that can hold it, with as many slots as fit, up to `slots`; or a count, spread over the devices.
     slots: Annotated[int, Meta(ge=1, le=64)] = 4  # Sequences per replica.

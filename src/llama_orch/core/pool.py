@@ -30,10 +30,14 @@ class PoolSpec:
     full_policy: FullPolicy
     strict_needs_exclusive: bool
     reads_whole_ctx: bool = False  # a text that is only read may fill the context
+    tool_syntax: str | None = None  # how its model writes calls of tools; None: it knows none
     keep_alive_s: float | None = None  # unloaded after this long without a task; None keeps it loaded
     is_on_demand: bool = False  # made for a task, not by the configuration
     kv_bytes_per_token: int = 0
     aliases: tuple[str, ...] = ()  # other references that lead to the same file
+    can_be_strict: bool = True  # else a task that asks for `strict` is refused
+    is_known: bool = True  # false while a server elsewhere has not said yet what it does
+    lacks: tuple[str, ...] = ()  # fields that its engine cannot be given
 
     @property
     def speed_key(self) -> tuple[str, str]:

@@ -251,7 +251,8 @@ class Scheduler:
 
     # -- replicas and devices ----------------------------------------------------------------------------------------
 
-    def replica_ready(self, replica_id: str, *, slots: int, model_digest: str, now: float) -> None:
+    def replica_ready(self, replica_id: str, *, slots: int, model_digest: str | None, now: float) -> None:
+        """`model_digest` is None of a model elsewhere."""
         replica = self.replicas[replica_id]
         if replica.state is not ReplicaState.LOADING:  # it was told to end while it reported
             return

@@ -20,6 +20,7 @@ from llama_orch.engines.base import (
     EngineError,
     Job,
     JobRefused,
+    Message,
     WorkerLost,
     is_out_of_memory,
 )
@@ -30,6 +31,7 @@ _LINE_BYTES_MAX = 1 << 20  # one event; an honest one is some hundred bytes
 _REQUEST_TIMEOUT_S = 30.0
 _INT32_MAX = 2**31 - 1
 _STOP_STRINGS_MAX = 64
+_LOGPROBS_MAX = 20
 
 T = TypeVar("T")
 
@@ -56,6 +58,19 @@ class FaultBody(msgspec.Struct, frozen=True):
     error: Fault = Fault()
 
 
+class TokenChance(msgspec.Struct, frozen=True):
+    """A token that was likely at a place."""
+
+    bytes: list[int] = []
+    logprob: float = 0.0
+
+
+class TokenChances(TokenChance, frozen=True):
+    """The token that was taken. `bytes` are of the text that the event gives out, not of the token."""
+
+    top_logprobs: list[TokenChance] = []
+
+
 class CompletionEvent(msgspec.Struct, frozen=True):
     """One event of a completion's stream. `tokens_predicted` counts from the start of the run: one event may cover
     several tokens, because the engine holds back text that ends inside a character or looks like a stop string."""
@@ -67,6 +82,7 @@ class CompletionEvent(msgspec.Struct, frozen=True):
     stop_type: str = ""
     timings: Timings | None = None
     error: Fault | None = None
+    completion_probabilities: list[TokenChances] = []
 
 
 class CompletionBody(msgspec.Struct, frozen=True):
@@ -86,12 +102,14 @@ class CompletionBody(msgspec.Struct, frozen=True):
     grammar: str = ""  # none
     # Of our own dialect (workers/ctransformers.py): take over only what a run from the first token would also have.
     cache_exact: bool | msgspec.UnsetType = msgspec.UNSET
+    n_probs: int | msgspec.UnsetType = msgspec.UNSET
+    preserved_tokens: tuple[str, ...] | msgspec.UnsetType = msgspec.UNSET
     stream: bool = True
     # Progress events during prefill make a long prompt different from a hang.
     return_progress: bool = True
     # Without this the last event repeats the whole prompt and every setting.
     response_fields: tuple[str, ...] = (
-        "content", "stop", "tokens_predicted", "tokens_evaluated", "stop_type", "timings",
+        "content", "stop", "tokens_predicted", "tokens_evaluated", "stop_type", "timings", "completion_probabilities",
     )  # fmt: skip
     samplers: tuple[str, ...] = ("penalties", "top_k", "top_p", "min_p", "temperature")
 
@@ -149,9 +167,11 @@ class LlamaClient:
         """The tokens that the engine makes of a prompt."""
         return (await self._ask("POST", "/tokenize", {"content": text, "add_special": True}, _Tokens)).tokens
 
-    async def apply_template(self, messages: list[dict[str, str]]) -> str:
-        """The prompt that the model's chat template makes of `messages`."""
-        return (await self._ask("POST", "/apply-template", {"messages": messages}, _Prompt)).prompt
+    async def apply_template(self, messages: list[Message], tools: list[Message] | None = None) -> str:
+        """The prompt that the model's chat template makes of `messages` and `tools`."""
+        # With another choice the engine would also make a grammar of its own of the tools' schemas.
+        body = {"messages": messages} | ({} if tools is None else {"tools": tools, "tool_choice": "none"})
+        return (await self._ask("POST", "/apply-template", body, _Prompt)).prompt
 
     async def erase(self, slot: int) -> None:
         """Forget what an idle slot holds."""
@@ -299,6 +319,7 @@ def completion_body(job: Job, slots: int) -> CompletionBody:
         "min_p": 0.0 <= sampling.min_p <= 1.0,
         "repeat_penalty": 0.0 < sampling.repeat_penalty <= 100.0,
         "stop": len(sampling.stop) <= _STOP_STRINGS_MAX and all(sampling.stop),
+        "logprobs": job.logprobs is None or 0 <= job.logprobs <= _LOGPROBS_MAX,
     }
     wrong = [name for name, is_in_range in checks.items() if not is_in_range]
     if wrong:
@@ -316,6 +337,10 @@ def completion_body(job: Job, slots: int) -> CompletionBody:
         repeat_penalty=sampling.repeat_penalty,
         stop=sampling.stop,
         grammar=sampling.grammar or "",
+        n_probs=msgspec.UNSET
+        if job.logprobs is None
+        else max(1, job.logprobs),  # of 0 it would not tell the token's own
+        preserved_tokens=job.kept_tokens or msgspec.UNSET,
     )
 
 

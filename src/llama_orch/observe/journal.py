@@ -133,7 +133,7 @@ class Journal:
             self._metrics.count("tasks_rejected_total", labels)
 
     def replica_ready(self, replica: Replica, pool: Pool, load_ms: int, buffer_bytes: dict[str, int]) -> None:
-        labels = self._labels(pool, device="+".join(replica.device_ids))
+        labels = self._labels(pool, device="+".join(replica.device_ids) or "elsewhere")
         self._metrics.observe("latency_load_ms", labels, load_ms)
         event(
             replica_log,

@@ -4,7 +4,8 @@ Invariants. No connection is made to an address that was not judged for this ver
 and the connection goes to the address itself, with the name in Host and in TLS (where the certificate must be for it).
 Every redirect is a request of its own, judged anew. What the caller sends beyond a few harmless headers goes to the
 origin that the caller named and to no other. Proxies of the environment are not used: they would look names up
-themselves. Nothing is sent but GET and HEAD without a body, and there are no cookies.
+themselves. Nothing is sent but GET and HEAD without a body, and there are no cookies; but to servers that the
+configuration names (`call`), which get what an engine has for them and whose redirects are not followed.
 """
 
 from __future__ import annotations
@@ -137,11 +138,27 @@ class Outbound:
                 decision = await self._redirected(decision, location)
             raise UpstreamFailed(f"{first.host} redirects more than {limits.redirects_max} times")
 
+    @contextlib.asynccontextmanager
+    async def call(
+        self, method: Literal["GET", "POST"], url: str, *, limits: Limits, headers: Mapping[str, str], body: bytes = b""
+    ) -> AsyncIterator[Reply]:
+        """One request of an engine to a server that the configuration names, at a private address too. A redirect is
+        an answer like any other: it could lead elsewhere what was meant for this server. Raises what `fetch` does."""
+        audit_id, origin = new_id(), parse_target(url).origin
+        async with _named(audit_id), _in_time(limits):
+            decision = await self._judged(url, "engine", audit_id, configured=origin)
+            target = _target(decision)
+            if target.origin != origin:
+                raise UpstreamFailed(f"a plugin sends what is for {origin} elsewhere, which is not done")
+            async with self._open(method, decision, _sendable(headers), limits, body) as response:
+                yield Reply(response, decision, target, limits, is_head=False)
+
     # -- deciding ------------------------------------------------------------------------------------------------------
 
-    async def _judged(self, url: str, purpose: Purpose, audit_id: str) -> Decision:
-        """The decision, when it allows and there is something to connect to."""
-        decision = await self._decide(url, purpose, audit_id)
+    async def _judged(self, url: str, purpose: Purpose, audit_id: str, configured: str | None = None) -> Decision:
+        """The decision, when it allows and there is something to connect to. `configured`: an origin that the
+        configuration names."""
+        decision = await self._decide(url, purpose, audit_id, configured)
         if not decision.is_allowed:
             raise _denied(decision)
         if not decision.addresses:
@@ -163,7 +180,7 @@ class Outbound:
     def _denied_redirect(self, origin: Decision, target: Target | None, verdict: Verdict) -> PolicyDenied:
         return _denied(self._recorded(Decision(*verdict, origin.purpose, target, (), origin.audit_id)))
 
-    async def _decide(self, url: str, purpose: Purpose, audit_id: str) -> Decision:
+    async def _decide(self, url: str, purpose: Purpose, audit_id: str, configured: str | None = None) -> Decision:
         """The steps in their order; each may end it with a denial."""
         target: Target | None = None
         addresses: tuple[Address, ...] = ()
@@ -200,7 +217,8 @@ class Outbound:
         by_plugin = verdict if verdict.rule == "plugin" else None
         verdict = self._rules.by_deny(target, addresses) or by_plugin or self._rules.by_lists(target, addresses)
         if verdict.is_allowed:
-            verdict = self._rules.by_addresses(target, addresses) or verdict
+            is_configured = target.origin == configured
+            verdict = self._rules.by_addresses(target, addresses, is_configured=is_configured) or verdict
         return decided(verdict)
 
     def _recorded(self, decision: Decision) -> Decision:
@@ -211,7 +229,7 @@ class Outbound:
 
     @contextlib.asynccontextmanager
     async def _open(
-        self, method: str, decision: Decision, headers: Mapping[str, str], limits: Limits
+        self, method: str, decision: Decision, headers: Mapping[str, str], limits: Limits, body: bytes = b""
     ) -> AsyncIterator[httpx.Response]:
         """One request to the first of the judged addresses that takes a connection.
 
@@ -223,7 +241,7 @@ class Outbound:
         async with httpx.AsyncHTTPTransport(verify=verify, trust_env=False) as transport:
             with _translated(target):
                 async with asyncio.timeout(limits.answer_s):
-                    response = await self._first_answer(transport, method, decision, headers, limits)
+                    response = await self._first_answer(transport, method, decision, headers, limits, body)
             try:
                 yield response
             finally:
@@ -236,15 +254,16 @@ class Outbound:
         decision: Decision,
         headers: Mapping[str, str],
         limits: Limits,
+        body: bytes,
     ) -> httpx.Response:
         target = _target(decision)
         *others, last = decision.addresses
         for address in others:
             try:
-                return await transport.handle_async_request(_pinned(target, address, method, headers, limits))
+                return await transport.handle_async_request(_pinned(target, address, method, headers, limits, body))
             except (httpx.ConnectError, httpx.ConnectTimeout):
                 continue
-        return await transport.handle_async_request(_pinned(target, last, method, headers, limits))
+        return await transport.handle_async_request(_pinned(target, last, method, headers, limits, body))
 
     def _context(self) -> ssl.SSLContext:
         if self._tls is None:  # takes tens of milliseconds, and many services never need it
@@ -252,13 +271,16 @@ class Outbound:
         return self._tls
 
 
-def _pinned(target: Target, address: Address, method: str, headers: Mapping[str, str], limits: Limits) -> httpx.Request:
+def _pinned(
+    target: Target, address: Address, method: str, headers: Mapping[str, str], limits: Limits, body: bytes
+) -> httpx.Request:
     host = f"[{address}]" if address.version == 6 else str(address)
     timeout = httpx.Timeout(limits.idle_s, connect=limits.connect_s).as_dict()
     return httpx.Request(
         method,
         f"{target.scheme}://{host}:{target.port}{target.rest}",
         headers={"Host": target.authority, **headers, "Connection": "close"},
+        content=body or None,
         extensions={"timeout": timeout, "sni_hostname": target.host},
     )
 

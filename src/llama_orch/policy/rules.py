@@ -144,11 +144,14 @@ class Rules(NamedTuple):
                 return Verdict(False, f"deny[{index}]", f"policy.outbound.deny[{index}] names {target.host}")
         return None
 
-    def by_addresses(self, target: Target, addresses: Sequence[Address]) -> Verdict | None:
-        """A denial where one of the addresses may not be called; None where all may."""
+    def by_addresses(
+        self, target: Target, addresses: Sequence[Address], *, is_configured: bool = False
+    ) -> Verdict | None:
+        """A denial where one of the addresses may not be called; None where all may. `is_configured`: the configuration
+        names this very server elsewhere than in the lists, which lifts what an entry of `allow` would."""
         for address in addresses:
             against = kinds(address)
-            is_named = any(rule.holds(target, address) for rule in self.allow)
+            is_named = is_configured or any(rule.holds(target, address) for rule in self.allow)
             if against and not (against <= LIFTABLE and (self.allow_private_addresses or is_named)):
                 words = ", ".join(sorted(against))
                 host = "" if target.address is not None else f"{target.host} stands for "

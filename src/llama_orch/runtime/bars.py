@@ -60,7 +60,7 @@ class Bars:
         if (bar := self._bar_of(entry)) is not None:
             raise refusals.barred(None, bar)
 
-    def check_file(self, reference: str, path: Path) -> None:
+    def check_file(self, reference: str, path: Path | None) -> None:
         """The same for a model that no pool has yet, now that its file is known."""
         if (bar := self._bar_of_model((reference,), path)) is not None:
             raise refusals.barred(None, bar)

@@ -24,7 +24,7 @@ from llama_orch.models.catalog import Entry
 from llama_orch.models.references import ModelNotFound
 from llama_orch.policy.urls import without_query
 from llama_orch.runtime.bars import Bars
-from llama_orch.runtime.builder import Builder, Built, Draft, Room
+from llama_orch.runtime.builder import Builder, Built, Draft, Room, offer_for
 from llama_orch.runtime.catalog import Catalog
 from llama_orch.runtime.library import Model
 from llama_orch.runtime.plan import empty_room, model_problem, seat_alone
@@ -152,7 +152,7 @@ class Shelf:
         for name in self._engine_names(request):
             ctx = request.ctx or self._ctx_auto(model)
             problem = model_problem(self._builder.engines[name], model, ctx)
-            if problem is None and request.workload not in self._builder.engines[name].offer(model.path).workloads:
+            if problem is None and request.workload not in offer_for(self._builder.engines[name], model).workloads:
                 problem = f"it cannot do workload {request.workload.value!r} with this model"
             if problem is None:
                 return self._seated(name, model, ctx, is_ctx_asked=request.ctx is not None)

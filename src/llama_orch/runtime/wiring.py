@@ -10,7 +10,9 @@ from llama_orch.clock import Clock
 from llama_orch.contract.config import Settings
 from llama_orch.core.scheduler import Scheduler
 from llama_orch.engines.base import Engine
+from llama_orch.engines.remote.engine import RemoteEngine
 from llama_orch.models.catalog import CatalogBook, Sight
+from llama_orch.models.references import ModelNotFound
 from llama_orch.observe.catalog import CatalogJournal
 from llama_orch.observe.journal import Journal
 from llama_orch.observe.metrics import Metrics
@@ -77,6 +79,9 @@ def wire(
     sources = list(plan.builder.sources.values())
     metrics = Metrics(lambda: gauges(orchestrator, sources))
     outbound = Outbound(Rules.of(settings.policy.outbound), OutboundJournal(metrics).decided, plugins=plugins)
+    for engine in engines.values():
+        if isinstance(engine, RemoteEngine):
+            engine.door = outbound
     replicas = Replicas(plan.replicas, digest)
     catalog = Catalog(
         keeping.book,
@@ -105,6 +110,8 @@ def _keeping_nothing(settings: Settings, plan: Plan, digest: Callable[[Path], Aw
 
     async def glance(reference: str) -> tuple[Sight, Path]:
         path = beneath.look(reference).path
+        if path is None:
+            raise ModelNotFound(f"{reference!r} is no file of this machine")
         return sight_of(path, settings), path
 
     return Keeping(book, Unkept(), glance, examine_with(digest), is_known=True)

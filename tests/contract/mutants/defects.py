@@ -30,12 +30,27 @@ from llama_orch.contract.models import (
     PoolHealth,
     Priority,
 )
-from llama_orch.core import queue, replica, scheduler
-from llama_orch.engines import http_worker
+from llama_orch.core import admission, queue, replica, scheduler
+from llama_orch.engines import http_worker, likelihoods
+from llama_orch.engines.base import EngineBusy, RunLost
+from llama_orch.engines.remote import client as remote_client
+from llama_orch.engines.remote import worker as remote_worker
 from llama_orch.errors import AdmissionReject, Conflict, LlorchError, NotFound, Unauthorized
 from llama_orch.observe import metrics
+from llama_orch.openai import answers, tools
 from llama_orch.policy import rules
-from llama_orch.runtime import arrivals, download, fetches, jobs, orchestrator, service, streams, views
+from llama_orch.runtime import (
+    answer,
+    arrivals,
+    download,
+    fetches,
+    intake,
+    jobs,
+    orchestrator,
+    service,
+    streams,
+    views,
+)
 from llama_orch.stores import catalog, failures
 
 
@@ -620,3 +635,97 @@ def a_plugin_lifts_deny() -> None:
 def bodies_without_a_bound() -> None:
     """The bodies of requests that wait may hold any amount of memory."""
     bodies.Bodies.take = lambda self, count: True
+
+
+# -- tools and likelihoods -------------------------------------------------------------------------------------------
+
+
+@defect(Tests("tests/live/test_tools.py", "test_a_call_that_is_asked_for_is_made"))
+def tools_without_a_grammar() -> None:
+    """The model is shown the tools, and may answer what it likes."""
+    intake.grammar_of_tools = lambda *_: "root ::= .*"
+
+
+@defect(Tests("tests/live/test_tools.py", "test_what_cannot_be_done_is_refused_by_name"))
+def tools_ignored_in_silence() -> None:
+    """A model whose template knows no tools answers as if there were none."""
+    admission.fields_about_tools = lambda _: iter(())
+
+
+@defect(Tests("tests/live/test_tools.py", "test_a_model_that_calls_by_itself_is_heard"))
+def control_tokens_left_out() -> None:
+    """What a model marks its calls with does not reach us."""
+    original = answer.syntax_of
+    jobs.syntax_of = lambda task: (found := original(task)) and dataclasses.replace(found, kept=())
+
+
+@defect(Tests("tests/openai/test_answers.py", "test_calls_come_in_openais_framing"))
+def calls_end_as_texts() -> None:
+    """An answer with calls ends with `finish_reason` `stop`."""
+    tools.Calls.are_whole = property(lambda self: False)
+
+
+@defect(Tests("tests/openai/test_answers.py", "test_a_whole_answer_has_its_calls"))
+def calls_shown_as_text() -> None:
+    """What stands around calls is content."""
+    original = answers.ChatWording.whole
+
+    def whole(self: Any, frames: Any, end: EndFrame) -> Any:
+        plain = [msgspec.structs.replace(frame, tool_calls=msgspec.UNSET) for frame in frames]
+        return original(self, plain, end)
+
+    answers.ChatWording.whole = whole
+
+
+@defect(Tests("tests/live/test_tools.py", "test_the_bytes_of_tokens_are_the_text"))
+def held_back_tokens_told_at_once() -> None:
+    """Tokens that the engine holds back are told before their text is, as nothing."""
+    original = likelihoods.Likelihoods.of
+
+    def of(self: Any, event: Any) -> Any:
+        found = original(self, event)
+        return found or ((likelihoods.TextLikelihood("", -1.0),) if event.completion_probabilities else ())
+
+    likelihoods.Likelihoods.of = of
+
+
+# -- servers elsewhere -----------------------------------------------------------------------------------------------
+
+BROKEN = "tests/engines/remote/test_broken.py"
+
+
+@defect(Tests(BROKEN, "test_what_breaks_before_the_first_token_is_tried_again[500]"))
+def broken_run_not_tried_again() -> None:
+    """A run that a server elsewhere fails before its first token ends its task at once."""
+
+    async def broke(self: Any, error: Exception, *, may_retry: bool) -> None:
+        raise RunLost(str(error))
+
+    remote_worker._Tries.broke = broke
+
+
+@defect(Tests(BROKEN, "test_what_breaks_later_is_over[nothing]"))
+def run_begun_twice() -> None:
+    """A run that breaks after its first token is tried again, and its client reads the beginning twice."""
+    original = remote_worker._Tries.broke
+
+    async def broke(self: Any, error: Any, *, may_retry: bool) -> None:
+        await original(self, error, may_retry=True)
+
+    remote_worker._Tries.broke = broke
+
+
+@defect(Tests("tests/engines/remote/test_runs.py", "test_a_busy_server_is_waited_for[429]"))
+def busy_server_fails_the_task() -> None:
+    """A task that a server elsewhere has no room for now ends with an error."""
+
+    def was_busy(self: Any, error: Exception) -> None:
+        raise EngineBusy(str(error))
+
+    remote_worker._Tries.was_busy = was_busy
+
+
+@defect(Tests(BROKEN, "test_the_jobs_own_fault[400]"))
+def key_in_an_error() -> None:
+    """What a server elsewhere says is passed on with the key that it repeats."""
+    remote_client.RemoteClient.said = lambda self, text: text[:300]
