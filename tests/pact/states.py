@@ -223,6 +223,18 @@ def another_machine(stage: Stage) -> None:
     stage.raise_service(Installation(reaches=stage.there))
 
 
+@state
+def a_hub_that_is_slow(stage: Stage) -> None:
+    """Tasks have their models fetched from it, and it does not come to an end."""
+    stage.raise_service(Installation(hub=stage.hub))
+
+
+@state
+def a_hub_that_may_not_be_called(stage: Stage) -> None:
+    """Tasks have their models fetched, but the outbound policy denies this hub."""
+    stage.raise_service(Installation(hub=stage.hub, is_hub_open=False))
+
+
 def _replica_states(stage: Stage) -> list[str]:
     return [replica["state"] for replica in stage.read("/v1/pools/default/health")["replicas"]]
 

@@ -12,6 +12,7 @@ from starlette.types import ASGIApp
 
 from llama_orch.api.artifacts import Artifacts
 from llama_orch.api.auth import security_map
+from llama_orch.api.bodies import Bodies
 from llama_orch.api.catalog import Catalog
 from llama_orch.api.documents import Documents, merged_document
 from llama_orch.api.edge import Edge
@@ -36,6 +37,7 @@ class Api(Tasks, Sessions, Catalog, Pools, Artifacts, Outbound, System, OpenAi):
     def __init__(self, service: Service, max_streams: int) -> None:
         self._service = service
         self._waiters = Waiters(max_streams)
+        self._answers = Bodies(0, "the artifacts that are being read")
         self._clock = SystemClock()
         self._started_at = int(self._clock.wall())
 

@@ -16,6 +16,7 @@ NAME_MAX_CHARS = 64  # difflib is quadratic, and names come from outside
 
 _parts = re.compile(r"(.*?)(?: - at `(?:key` in `)?(\$.*)`)?", re.DOTALL).fullmatch
 _unknown_field = re.compile(r"Object contains unknown field `(.*)`", re.DOTALL).fullmatch
+_pattern = re.compile(r"Expected `str` matching regex '(.*?)(?:\(\?!\\\\n\))?'", re.DOTALL).fullmatch
 _steps = re.compile(r"\.(\w+)|\[").finditer
 
 
@@ -52,8 +53,8 @@ def _problem(exc: ValidationError, root: Any) -> str:
     match = _parts(str(exc))
     reason, path = (match[1], match[2]) if match else (str(exc), None)
     nodes = _at(root, path or "$")
-    if "matching regex" in reason:
-        reason = next((words for pattern, words in PATTERNS.items() if pattern in reason), reason)
+    if found := _pattern(reason):
+        reason = next((words for pattern, words in PATTERNS.items() if pattern in found[1]), f"must match {found[1]}")
     elif found := _unknown_field(reason):
         names = [field.encode_name for node in nodes if isinstance(node, inspect.StructType) for field in node.fields]
         reason = f"unknown field `{found[1][:NAME_MAX_CHARS]}`; {nearest(found[1], names)}"

@@ -13,6 +13,7 @@ from llama_orch.core.pool import Pool, PoolSpec
 from llama_orch.core.task import Task
 from llama_orch.core.tooling import check_tools, fields_about_tools
 from llama_orch.errors import InvalidParams, LlorchError, NotFound, PoolUnready
+from llama_orch.policy.urls import without_query
 
 # A token covers at least one byte of text; this many more may be put around it (start of text, a leading space).
 EXTRA_TOKENS = 8
@@ -36,15 +37,15 @@ def matching_pools(pools: Sequence[Pool], request: TaskRequest, everybody: Itera
     who of `everybody` could."""
     found = [pool for pool in pools if pool.serves(request.model_ref) and not _is_too_small(pool.spec, request)]
     if not found:
-        served = ", ".join(sorted({pool.spec.model for pool in pools}))
-        raise NotFound(f"no pool serves model {request.model_ref!r}; name one of: {served}")
+        served = ", ".join(sorted({without_query(pool.spec.model) for pool in pools}))
+        raise NotFound(f"no pool serves model {without_query(request.model_ref)!r}; name one of: {served}")
     if request.engine is not None:
         engines = sorted({pool.spec.engine for pool in found})
         found = [pool for pool in found if pool.spec.engine == request.engine]
         if not found:
             raise InvalidParams(
-                f"engine {request.engine!r} does not serve {request.model_ref!r}; leave `engine` out or name one of: "
-                + ", ".join(engines)
+                f"engine {request.engine!r} does not serve {without_query(request.model_ref)!r}; leave `engine` out or "
+                "name one of: " + ", ".join(engines)
             )
     able = [pool for pool in found if incapacity(pool.spec, request) is None]
     if not able:
@@ -206,6 +207,13 @@ def evaluations(request: TaskRequest, counts: Sequence[int]) -> list[int]:
     return list(counts)
 
 
+def texts(request: TaskRequest) -> Sequence[str]:
+    """The prompts that need no template; none for `messages`."""
+    if request.prompt is not None:
+        return [request.prompt]
+    return request.inputs or []
+
+
 def token_bound(text: str) -> int:
     """The most tokens that any tokenizer can make of the text."""
     return len(text.encode()) + EXTRA_TOKENS
@@ -256,6 +264,24 @@ def check_bounds(request: TaskRequest, spec: PoolSpec, token_bounds: Sequence[in
             retry_after_ms=1000,
         )
     return max_tokens
+
+
+def refusal_after_all(request: TaskRequest, spec: PoolSpec, bounds: Sequence[int]) -> InvalidParams | None:
+    """Why a task that was admitted before anything was known of its model cannot run on it. `bounds`: of its prompts,
+    in tokens."""
+    if request.engine not in (None, spec.engine):
+        return InvalidParams(f"the model is served by engine {spec.engine}; leave `engine` out", engine=spec.engine)
+    if (reason := incapacity(spec, request)) is not None:
+        return InvalidParams(reason, engine=spec.engine)
+    asked = request.max_tokens or 0 if writes(request) else 0
+    needed = max(request.ctx or 0, max(bounds, default=0) + asked)
+    if needed > spec.ctx:
+        return InvalidParams(
+            f"the model has a context of {spec.ctx} tokens, and the task may need {needed}; ask for less",
+            engine=spec.engine,
+            details={"ctx": needed, "pool_ctx": spec.ctx},
+        )
+    return None
 
 
 def _check_chances(request: TaskRequest, tokens: int) -> None:

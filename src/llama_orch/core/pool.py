@@ -56,6 +56,8 @@ class Pool:
     is_draining: bool = False
     drain_until_s: float | None = None
     bar: Bar | None = None  # the catalog keeps its model from new tasks
+    is_arriving: bool = False  # its model's file is on its way from elsewhere, and it has no replicas yet
+    arrival_s: float | None = None  # when the file will be there, as far as is known
     is_paused: bool = False  # it takes no new tasks because another model takes its place
     last_reload: str | None = None
     wanted_until_s: float = 0.0  # somebody asked for it who could not be queued yet
@@ -81,12 +83,12 @@ class Pool:
     def is_live(self) -> bool:
         """Some replica serves or may yet serve."""
         gone = (ReplicaState.FAILED, ReplicaState.STOPPED)
-        return any(replica.state not in gone for replica in self.replicas.values())
+        return self.is_arriving or any(replica.state not in gone for replica in self.replicas.values())
 
     @property
     def is_coming(self) -> bool:
         """Some replica serves, or will without anybody's doing."""
-        return any(replica.is_coming for replica in self.replicas.values())
+        return self.is_arriving or any(replica.is_coming for replica in self.replicas.values())
 
     @property
     def is_loaded(self) -> bool:

@@ -12,7 +12,7 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from msgspec import UNSET
+from msgspec import UNSET, structs
 
 from llama_orch.contract.models import ChatMessage, TaskRequest
 from llama_orch.core import admission, refusals
@@ -108,7 +108,7 @@ class Intake:
 
     def _bounded(self, pool: Pool, request: TaskRequest, now: float) -> Measured:
         """Without a worker to ask, only what fits by its bytes is let in."""
-        prompts = raw_prompts(request)
+        prompts = admission.texts(request)
         asked = (request.max_tokens or 1) if admission.writes(request) else 0
         bounds = admission.token_bounds(request, prompts)
         if bounds and all(bound + asked <= pool.spec.ctx for bound in bounds):
@@ -124,7 +124,7 @@ async def count(worker: Worker, request: TaskRequest, prompts: Sequence[str]) ->
 async def render(worker: Worker, request: TaskRequest) -> Sequence[str]:
     """The request's prompts; a conversation goes through the model's own template."""
     if request.messages is None:
-        return raw_prompts(request)
+        return admission.texts(request)
     tools: list[Message] | None = None
     if request.tools is not UNSET:
         tools = [tool_in_full(function) for function in request.tools.functions]
@@ -136,8 +136,7 @@ def plain(messages: Sequence[ChatMessage]) -> list[Message]:
     return [message_in_full(message) for message in messages]
 
 
-def raw_prompts(request: TaskRequest) -> Sequence[str]:
-    """The prompts that need no template; none for `messages`."""
-    if request.prompt is not None:
-        return [request.prompt]
-    return request.inputs or []
+def with_lower_ids(request: TaskRequest) -> TaskRequest:
+    """A UUID is the same in either case of its letters, and so is what it names."""
+    ids = {name: value.lower() for name in ("task_id", "session_id") if (value := getattr(request, name)) is not None}
+    return structs.replace(request, **ids) if ids else request
