@@ -73,7 +73,7 @@ def test_an_engine_that_does_not_serve_the_model_is_refused_with_those_that_do()
         (
             {"messages": CHAT, "tools": Tools(functions=[])},
             {},
-            "does not offer `tools`, since its model's chat template",
+            "does not offer `tools`, since its engine, or its model's chat template",
         ),
     ],
 )

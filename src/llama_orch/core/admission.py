@@ -90,7 +90,7 @@ def incapacity(spec: PoolSpec, request: TaskRequest) -> str | None:
     if (field := _lacking(spec, request)) is not None:
         why = ""
         if field in fields_about_tools(request):
-            why = ", since its model's chat template has no tools in a form that is known here"
+            why = ", since its engine, or its model's chat template, has no tools in a form that is known here"
         return f"pool {spec.pool_id} ({spec.engine}) does not offer `{field}`{why}; leave it out"
     if request.determinism is Determinism.STRICT and not spec.can_be_strict:
         return (
