@@ -14,8 +14,9 @@ from typing import Any
 import httpx
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
-from ray import serve
 from ray.serve import Application
+
+from ray import serve
 
 NAME = "tiny"
 SLOTS = 2  # sequences that a replica decodes at a time

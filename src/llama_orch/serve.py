@@ -82,7 +82,7 @@ def _serve_with(database: Database, settings: Settings, home: Home, token: str, 
         engines = _engines(settings)
         sources = discover(settings.devices, lambda uuids: _can_use_cuda(settings, uuids))
         digests = Digests(home.path / "digests.json")
-        keeping = _catalog(database, settings, digests)
+        keeping = _catalog(database, settings, digests, lifeline=lifeline)
         plan = plan_with(_builder(settings, engines, sources, home, digests, keeping.book), settings)
         listener = _bind(settings)
     except (PlanError, DeviceError, ValueError, OSError) as error:
@@ -124,7 +124,7 @@ def _builder(
     return Builder(engines, sources, library, calibration, digest_known)
 
 
-def _catalog(database: Database, settings: Settings, digests: Digests) -> Keeping:
+def _catalog(database: Database, settings: Settings, digests: Digests, *, lifeline: bool) -> Keeping:
     """What is in the catalog. A disk that does not do is no reason not to serve; whoever needs the catalog is told."""
     store = CatalogStore(database)
     try:
@@ -141,7 +141,8 @@ def _catalog(database: Database, settings: Settings, digests: Digests) -> Keepin
         return sight_of(path, settings), path
 
     records, examine = CatalogRecords(database, store), HashingProcess(digests)
-    return Keeping(book, records, glance, examine, is_known, fetched=database.path.parent / FETCHED_NAME)
+    is_alone = is_known and not store.left_out and not lifeline
+    return Keeping(book, records, glance, examine, is_known, is_alone, database.path.parent / FETCHED_NAME)
 
 
 class _Program:

@@ -21,13 +21,17 @@ from starlette.types import Receive, Scope, Send
 
 from llama_orch.api.app import build_app
 from llama_orch.clock import SystemClock
-from llama_orch.contract.config import OpenaiServerSettings, Settings
+from llama_orch.contract.config import OpenaiServerSettings, OutboundSettings, Settings
 from llama_orch.devices.inventory import discover
 from llama_orch.engines.llamacpp import LlamaCppEngine
 from llama_orch.engines.remote.engine import RemoteEngine
 from llama_orch.engines.simulated import ServiceModel, SimulatedEngine, SimulatedWorker
 from llama_orch.models.digest import Digests
+from llama_orch.outbound.door import Outbound
 from llama_orch.outbound.plugins import OutboundRequest, Plugins, Rewrite, hookimpl
+from llama_orch.policy.rules import Rules
+from llama_orch.runtime.fetches import Fetches
+from llama_orch.runtime.hashing import examine_with
 from llama_orch.runtime.library import FileLibrary, RemoteLibrary
 from llama_orch.runtime.orchestrator import Orchestrator
 from llama_orch.runtime.plan import make_plan
@@ -37,9 +41,12 @@ from llama_orch.stores.database import Database
 from tests.api.harness import serving_app
 from tests.engines.remote.upstream import MODEL as REMOTE_MODEL
 from tests.engines.remote.upstream import upstream_beside
+from tests.hub import a_hub
 from tests.live.client import until
 from tests.live.elsewhere import elsewhere
+from tests.live.models import ref
 from tests.pact.exchange import TOKEN
+from tests.tool_models import a_tool_model
 
 T = TypeVar("T")
 
@@ -60,8 +67,10 @@ class Installation:
     load_error: str | None = None
     budget_tokens: int | None = None  # of a session
     max_turns: int = 8
+    knows_tools: bool = False  # its model is the built-in one with another template, as `default`
     reaches: str | None = None  # the URL of a machine that it may call, and calls for any URL of files.example
-
+    hub: str | None = None  # the URL of a hub, which tasks have their models fetched from
+    is_hub_open: bool = True  # to the outbound policy
     upstream: str | None = None  # the base URL of a server elsewhere
 
     @property
@@ -69,11 +78,12 @@ class Installation:
         url = self.upstream
         return [] if url is None else [OpenaiServerSettings(name="box", base_url=url, max_concurrency=1)]
 
-    @property
-    def settings(self) -> Settings:
-        """Checked like a configuration file."""
+    def settings(self, folder: Path) -> Settings:
+        """Checked like a configuration file. `folder`: for files of models."""
         queue = {"capacity": self.capacity, "full_policy": self.full_policy}
         pool: dict[str, Any] = {"engine": self.engine, "slots": 1, "ctx": self.ctx, "queue": queue}
+        if self.knows_tools:
+            pool["model"] = ref(a_tool_model(folder / "tools.gguf"))
         if self.upstream is not None:
             pool = {"engine": self.engine, "model": f"openai:box/{REMOTE_MODEL}", "queue": queue}
         simulated = {"id": "gpu0", "backend": "simulated", "vram_bytes": 24 * GIB}
@@ -81,7 +91,9 @@ class Installation:
         budgets = {"mode": "off" if self.budget_tokens is None else "enforce", "tokens": self.budget_tokens}
         sessions = {"max_turns": self.max_turns, "budgets": budgets}
         policy = {"outbound": {"allow": [] if self.reaches is None else [self.reaches.removeprefix("http://")]}}
+        on_demand = {"fetch": self.hub is not None}
         parts: dict[str, Any] = {"devices": [device], "pools": [pool], "sessions": sessions, "policy": policy}
+        parts["on_demand"] = on_demand
         return msgspec.convert(parts, Settings)
 
     @property
@@ -128,8 +140,9 @@ class Stage:
     """What provider states act on. Its methods are called from the verifier's threads; the services live in the
     server's."""
 
-    def __init__(self, folder: Path, there: str, upstream: str) -> None:
+    def __init__(self, folder: Path, there: str, hub: str, upstream: str) -> None:
         self._folder = folder
+        self.hub = hub  # a machine that has models, and keeps them back
         self.there = there  # another machine
         self.upstream = upstream  # a server of OpenAI's API
         self._digests = Digests(folder / "digests.json")
@@ -208,14 +221,19 @@ class Stage:
         return self._service
 
     async def _start(self, installation: Installation) -> None:
-        settings, engine = installation.settings, installation.build_engine()
+        clock, home = SystemClock(), Path(tempfile.mkdtemp(dir=self._folder))
+        settings, engine = installation.settings(home), installation.build_engine()
         engines, sources = {installation.engine: engine}, discover(settings.devices, lambda uuids: False)
         plan = make_plan(settings, engines, sources, RemoteLibrary(installation.servers, FileLibrary()))
-        clock, home = SystemClock(), Path(tempfile.mkdtemp(dir=self._folder))
         artifacts = ArtifactStore(Database(home / "state.sqlite3"), home / "artifacts", clock.wall)
         orchestrator, service = wire(
             settings, engines, plan, self._digest, clock, artifacts=artifacts, plugins=installation.plugins
         )
+        if installation.hub is not None:
+            rules = Rules.of(OutboundSettings(allow_private_addresses=installation.is_hub_open))
+            outbound, env = Outbound(rules, lambda _: None), {"HF_ENDPOINT": installation.hub}
+            catalog, examine = orchestrator.catalog, examine_with(self._digest)
+            catalog.fetches = Fetches(home / "models", outbound, examine, catalog, clock.wall, env)
         app = build_app(service, token=TOKEN, settings=settings)
         running = asyncio.create_task(orchestrator.run())
         self._service = _Service(installation, engine, orchestrator, artifacts, app, running)
@@ -264,9 +282,10 @@ def a_stage() -> Iterator[Stage]:
     with (
         tempfile.TemporaryDirectory(prefix="llorch-pact-") as folder,
         elsewhere() as (there, _),
+        a_hub(b"GGUF" * 1000, hold_after=1000) as hub,
         upstream_beside() as upstream,
     ):
-        stage = Stage(Path(folder), there, upstream.url)
+        stage = Stage(Path(folder), there, hub.url, upstream.url)
         with serving_app(stage) as port, stage.http:
             stage.wait_until_up(port)
             yield stage

@@ -136,6 +136,29 @@ def test_nothing_is_predicted_before_anything_was_measured(exchange: Exchange) -
     assert (verdict.queue_position, verdict.predicted_start_ms) == (0, None)
 
 
+FETCHED = msgspec.structs.replace(TASK, model_ref="hf:org/repo/story.gguf")
+
+
+def test_a_task_waits_for_a_model_that_is_fetched_for_it(exchange: Exchange) -> None:
+    """It is admitted with its position, and null for the start."""
+    exchange.given("a hub that is slow")
+    exchange.asks("POST", "/v1/tasks", body=FETCHED)
+    exchange.gets(202, admission(predicted_start_ms=None, pool_id=match.str("on-demand-story")))
+    with exchange.client() as client:
+        verdict = client.submit(FETCHED)
+    assert (verdict.queue_position, verdict.predicted_start_ms) == (0, None)
+
+
+def test_a_model_that_may_not_be_fetched_is_refused(exchange: Exchange) -> None:
+    """403 POLICY_DENIED, with the rule."""
+    exchange.given("a hub that may not be called")
+    exchange.asks("POST", "/v1/tasks", body=FETCHED)
+    denied = error("POLICY_DENIED", policy_label="address", details={"audit_id": uuid_text})
+    exchange.gets(403, denied)
+    with exchange.client() as client:
+        assert refusal(client, FETCHED).error.policy_label == "address"
+
+
 def test_a_start_is_predicted_from_what_was_measured(exchange: Exchange) -> None:
     """A task that has to wait is told when it will start, in milliseconds."""
     exchange.given("a busy pool of known speed")

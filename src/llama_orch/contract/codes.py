@@ -28,7 +28,7 @@ CODES: dict[ErrorCode, CodeFacts] = {
     ErrorCode.UNSUPPORTED_MEDIA_TYPE: CodeFacts(415, False, 'The body is not JSON.'),
     ErrorCode.POOL_UNREADY: CodeFacts(503, True, "The pool's model is still loading."),
     ErrorCode.POOL_UNAVAILABLE: CodeFacts(503, True, 'No replica of the pool can serve.'),
-    ErrorCode.REPLICA_EXHAUSTED: CodeFacts(503, True, 'The service holds as many streams or tasks as its limits allow.'),
+    ErrorCode.REPLICA_EXHAUSTED: CodeFacts(503, True, 'The service holds as many streams, tasks or requests as its limits allow.'),
     ErrorCode.DECODE_TIMEOUT: CodeFacts(504, True, 'The engine made no token for too long.'),
     ErrorCode.WORKER_RESET: CodeFacts(503, True, 'The worker died under the task and is started again, or a server elsewhere broke off.'),
     ErrorCode.DEADLINE_UNMET: CodeFacts(429, True, 'The deadline cannot be met or was missed.'),

@@ -96,9 +96,10 @@ class PoolSettings(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True
 
 
 class OnDemandSettings(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
-    """Loading of models that no pool serves."""
+    """Loading, and fetching, of models that no pool serves."""
 
     enabled: bool = True
+    fetch: bool = False  # Whether a task that names a model from elsewhere (`hf:…`, `https:…`, or an entry with such a source) has it fetched. Off: somebody fetches it first.
     slots: Annotated[int, Meta(ge=1, le=64)] = 4  # Sequences per replica.
     keep_alive_ms: Annotated[int, Meta(ge=0, le=9223372036854775807)] = 900000  # Unload after this long without a task.
     min_residency_ms: Annotated[int, Meta(ge=0, le=9223372036854775807)] = 30000  # How long a model stays at least, whoever waits for its room.
@@ -191,7 +192,7 @@ class Settings(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
     devices: Literal['auto'] | Annotated[list[DeviceSettings], Meta(min_length=1)] = 'auto'  # `auto`: the GPUs that the driver reports, else the CPU. Or a list.
     engines: EnginesSettings = field(default_factory=EnginesSettings)  # How engines are started.
     pools: Annotated[list[PoolSettings], Meta(min_length=1, max_length=64)] = field(default_factory=lambda: [PoolSettings()])  # The models in service.
-    on_demand: OnDemandSettings = field(default_factory=OnDemandSettings)  # Loading of models that no pool serves.
+    on_demand: OnDemandSettings = field(default_factory=OnDemandSettings)  # Loading, and fetching, of models that no pool serves.
     sampler_profiles: Annotated[dict[str, SamplerProfileSettings], Meta(min_length=1)] = field(default_factory=lambda: {'v1': SamplerProfileSettings(), 'greedy-v1': SamplerProfileSettings(temperature=0.0)})  # Named, versioned sampler settings.
     sessions: SessionsSettings = field(default_factory=SessionsSettings)  # Sessions and their budgets.
     tasks: TasksSettings = field(default_factory=TasksSettings)  # What is kept of tasks, and for how long.

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from llama_orch.contract.config import SessionsSettings
 from llama_orch.contract.models import ReplicaState, TaskRequest, TaskState
 from llama_orch.core import admission, refusals
+from llama_orch.core.arrivals import Arrivals
 from llama_orch.core.bar import Bar
 from llama_orch.core.closing import Closing
 from llama_orch.core.dispatch import Dispatcher
@@ -56,6 +57,7 @@ class Scheduler:
         self.book = SessionBook(sessions or SessionsSettings(), self.replicas, self.tasks, self.predictor, self._emit)
         self._dispatcher = Dispatcher(self.fleet, self.predictor, self.tasks, self.book, self._emit)
         self.closing = Closing(self.fleet, self.rollouts, self.tasks, self._end)
+        self.arrivals = Arrivals(self.fleet, self.tasks, self._end, self.settle)
         self.gate = Gate(self.fleet, self.predictor, self.tasks, self.book)
         self._number = 0
         self.known = self._table.known

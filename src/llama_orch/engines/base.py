@@ -11,12 +11,13 @@ import re
 from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 FinishReason = Literal["stop", "length"]
 # What a job may take over of the KV that its slot holds: nothing; as much as leaves its bytes as they would be without;
 # or all that matches.
 KvReuse = Literal["none", "exact", "any"]
+Message = Mapping[str, Any]  # an object of JSON
 
 
 class EngineError(Exception):
@@ -93,7 +94,7 @@ class EngineTraits:
     determinism: str  # one sentence for capabilities: what `strict` guarantees and at what cost
     max_slots: int | None = None  # sequences per worker that the engine can run, None: no limit of its own
     strict_needs_exclusive: bool = True  # a strict task must have the whole replica (HP-DET-1)
-    features: tuple[str, ...] = ()  # of: chat, grammar, json_schema, kv_reuse, min_p
+    features: tuple[str, ...] = ()  # of: chat, grammar, json_schema, kv_reuse, logprobs, min_p, tools
     can_be_strict: bool = True  # else a task that asks for `strict` is refused
     is_remote: bool = False  # its replicas take nothing of this machine, and its models are no files here
 
@@ -105,6 +106,7 @@ class Offer:
     workloads: tuple[str, ...]
     features: tuple[str, ...] = ()
     reads_whole_ctx: bool = False  # a text to read may fill the context; else one token has to stay free
+    tool_syntax: str | None = None  # of core.tool_syntax.SYNTAXES, where the feature `tools` is
     lacks: tuple[str, ...] = ()  # of kv_hint, sampling.top_k, sampling.repeat_penalty: what a task may not ask for
 
 
@@ -172,16 +174,39 @@ class Job:
     slot: int  # the slot that the scheduler leased
     kv_reuse: KvReuse = "none"
     idle_timeout_s: float = 60.0  # raise DecodeStalled when nothing comes for this long
-    messages: tuple[Mapping[str, str], ...] = ()  # what the prompt was rendered of, where it was a conversation
+    logprobs: int | None = None  # tell how likely each token was, and so many others
+    kept_tokens: tuple[
+        str, ...
+    ] = ()  # texts of control tokens that belong to the answer; what is no token does not matter
+    messages: tuple[Mapping[str, Any], ...] = ()  # what the prompt was rendered of, where it was a conversation
+
+
+@dataclass(frozen=True, slots=True)
+class Likelihood:
+    """How likely a token was: the natural logarithm, before the sampler had its say. `content`: its bytes."""
+
+    content: bytes
+    logprob: float
+
+
+@dataclass(frozen=True, slots=True)
+class TextLikelihood:
+    """The same of a piece of text, which is one token, or several that the engine gives out together. Then it is the
+    sum; but of those that make one character the last one's. `top`: the likeliest tokens at the last one's place."""
+
+    text: str
+    logprob: float
+    top: tuple[Likelihood, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
     """Decoded text that is whole UTF-8. `tokens` counts what the engine decoded since the chunk before; text may be
-    empty when those tokens hold only part of a character."""
+    empty when those tokens hold only part of a character. `likelihoods`, where asked for, have the text in pieces."""
 
     text: str
     tokens: int
+    likelihoods: tuple[TextLikelihood, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,8 +253,9 @@ class Worker(Protocol):
     async def count_tokens(self, text: str) -> int:
         """Tokens of `text` as the model's own tokenizer counts them, the start-of-text token included."""
 
-    async def render_chat(self, messages: list[dict[str, str]]) -> str:
-        """The prompt that the model's own chat template makes of `messages`; JobRefused without a template."""
+    async def render_chat(self, messages: list[Message], tools: list[Message] | None = None) -> str:
+        """The prompt that the model's own chat template makes of `messages` and `tools`, both in OpenAI's form;
+        JobRefused without a template. Tools and their messages are for workers with the feature `tools`."""
 
     def generate(self, job: Job) -> AsyncGenerator[Chunk | Completion, None]:
         """Chunks, then exactly one Completion. Closing the iterator cancels: it returns once the engine has stopped

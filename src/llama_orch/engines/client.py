@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable
-from contextlib import suppress
+from contextlib import aclosing, suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -20,6 +20,7 @@ from llama_orch.engines.base import (
     EngineError,
     Job,
     JobRefused,
+    Message,
     WorkerLost,
     is_out_of_memory,
 )
@@ -30,6 +31,7 @@ _LINE_BYTES_MAX = 1 << 20  # one event; an honest one is some hundred bytes
 _REQUEST_TIMEOUT_S = 30.0
 _INT32_MAX = 2**31 - 1
 _STOP_STRINGS_MAX = 64
+_LOGPROBS_MAX = 20
 
 T = TypeVar("T")
 
@@ -56,6 +58,19 @@ class FaultBody(msgspec.Struct, frozen=True):
     error: Fault = Fault()
 
 
+class TokenChance(msgspec.Struct, frozen=True):
+    """A token that was likely at a place."""
+
+    bytes: list[int] = []
+    logprob: float = 0.0
+
+
+class TokenChances(TokenChance, frozen=True):
+    """The token that was taken. `bytes` are of the text that the event gives out, not of the token."""
+
+    top_logprobs: list[TokenChance] = []
+
+
 class CompletionEvent(msgspec.Struct, frozen=True):
     """One event of a completion's stream. `tokens_predicted` counts from the start of the run: one event may cover
     several tokens, because the engine holds back text that ends inside a character or looks like a stop string."""
@@ -67,6 +82,7 @@ class CompletionEvent(msgspec.Struct, frozen=True):
     stop_type: str = ""
     timings: Timings | None = None
     error: Fault | None = None
+    completion_probabilities: list[TokenChances] = []
 
 
 class CompletionBody(msgspec.Struct, frozen=True):
@@ -86,12 +102,14 @@ class CompletionBody(msgspec.Struct, frozen=True):
     grammar: str = ""  # none
     # Of our own dialect (workers/ctransformers.py): take over only what a run from the first token would also have.
     cache_exact: bool | msgspec.UnsetType = msgspec.UNSET
+    n_probs: int | msgspec.UnsetType = msgspec.UNSET
+    preserved_tokens: tuple[str, ...] | msgspec.UnsetType = msgspec.UNSET
     stream: bool = True
     # Progress events during prefill make a long prompt different from a hang.
     return_progress: bool = True
     # Without this the last event repeats the whole prompt and every setting.
     response_fields: tuple[str, ...] = (
-        "content", "stop", "tokens_predicted", "tokens_evaluated", "stop_type", "timings",
+        "content", "stop", "tokens_predicted", "tokens_evaluated", "stop_type", "timings", "completion_probabilities",
     )  # fmt: skip
     samplers: tuple[str, ...] = ("penalties", "top_k", "top_p", "min_p", "temperature")
 
@@ -149,9 +167,11 @@ class LlamaClient:
         """The tokens that the engine makes of a prompt."""
         return (await self._ask("POST", "/tokenize", {"content": text, "add_special": True}, _Tokens)).tokens
 
-    async def apply_template(self, messages: list[dict[str, str]]) -> str:
-        """The prompt that the model's chat template makes of `messages`."""
-        return (await self._ask("POST", "/apply-template", {"messages": messages}, _Prompt)).prompt
+    async def apply_template(self, messages: list[Message], tools: list[Message] | None = None) -> str:
+        """The prompt that the model's chat template makes of `messages` and `tools`."""
+        # With another choice the engine would also make a grammar of its own of the tools' schemas.
+        body = {"messages": messages} | ({} if tools is None else {"tools": tools, "tool_choice": "none"})
+        return (await self._ask("POST", "/apply-template", body, _Prompt)).prompt
 
     async def erase(self, slot: int) -> None:
         """Forget what an idle slot holds."""
@@ -197,37 +217,41 @@ class CompletionStream:
         self._idle = _IdleWatch(idle_timeout_s, self._exchange.close)
 
     async def events(self) -> AsyncGenerator[CompletionEvent, None]:
-        """Events up to the terminal one (`stop`). Raises JobRefused, DecodeStalled, or WorkerLost when the stream ends
-        without its terminal event. The caller closes the stream, so that a cancel may still look at it."""
+        """The events of `batches`, one by one."""
+        async with aclosing(self.batches()) as batches:
+            async for batch in batches:
+                for event in batch:
+                    yield event
+
+    async def batches(self) -> AsyncGenerator[list[CompletionEvent], None]:
+        """Events up to the terminal one (`stop`), as many at a time as have come. Raises JobRefused, DecodeStalled, or
+        WorkerLost when the stream ends without its terminal event. The caller closes the stream, so that a cancel may
+        still look at it."""
         try:
             self._idle.start()
             await self._exchange.send("POST", "/completion", self._api_key, _to_json(self._body))
             if await self._exchange.read_head() != 200:
                 raise _refusal(self._exchange.http_status, await self._exchange.read_all())
-            async for event in self._decoded():
-                yield event
+            tail = b""
+            while data := await self._next_data():
+                *lines, tail = (tail + data).split(b"\n")
+                if len(tail) > _LINE_BYTES_MAX:
+                    raise WorkerLost("the worker sent a line longer than any honest one")
+                events, trouble = _events_of(lines)
+                if events:
+                    self._idle.touch()
+                    yield events
+                    if events[-1].stop:
+                        return
+                if trouble is not None:
+                    raise trouble
+            raise WorkerLost("the stream ended without its terminal event")
         except WorkerLost as error:
             if self._idle.has_fired:
                 raise DecodeStalled(f"no token came for {self._idle.seconds:g} s") from error
             raise
         finally:
             self._idle.stop()
-
-    async def _decoded(self) -> AsyncGenerator[CompletionEvent, None]:
-        tail = b""
-        while data := await self._next_data():
-            *lines, tail = (tail + data).split(b"\n")
-            if len(tail) > _LINE_BYTES_MAX:
-                raise WorkerLost("the worker sent a line longer than any honest one")
-            for line in lines:
-                event = _event_of(line)
-                if event is None:
-                    continue
-                self._idle.touch()
-                yield event
-                if event.stop:
-                    return
-        raise WorkerLost("the stream ended without its terminal event")
 
     async def _next_data(self) -> bytes:
         self._idle.is_waiting = True
@@ -299,6 +323,7 @@ def completion_body(job: Job, slots: int) -> CompletionBody:
         "min_p": 0.0 <= sampling.min_p <= 1.0,
         "repeat_penalty": 0.0 < sampling.repeat_penalty <= 100.0,
         "stop": len(sampling.stop) <= _STOP_STRINGS_MAX and all(sampling.stop),
+        "logprobs": job.logprobs is None or 0 <= job.logprobs <= _LOGPROBS_MAX,
     }
     wrong = [name for name, is_in_range in checks.items() if not is_in_range]
     if wrong:
@@ -316,7 +341,28 @@ def completion_body(job: Job, slots: int) -> CompletionBody:
         repeat_penalty=sampling.repeat_penalty,
         stop=sampling.stop,
         grammar=sampling.grammar or "",
+        n_probs=msgspec.UNSET
+        if job.logprobs is None
+        else max(1, job.logprobs),  # of 0 it would not tell the token's own
+        preserved_tokens=job.kept_tokens or msgspec.UNSET,
     )
+
+
+def _events_of(lines: list[bytes]) -> tuple[list[CompletionEvent], EngineError | None]:
+    """Those of the lines up to the terminal one, and what is wrong with the line behind them."""
+    events: list[CompletionEvent] = []
+    for line in lines:
+        if not line:  # every other one
+            continue
+        try:
+            event = _event_of(line)
+        except EngineError as error:
+            return events, error
+        if event is not None:
+            events.append(event)
+            if event.stop:
+                break
+    return events, None
 
 
 def _event_of(line: bytes) -> CompletionEvent | None:

@@ -55,10 +55,14 @@ class Metrics:
         self._series: dict[tuple[str, tuple[tuple[str, str], ...]], Counter] = {}
 
     def count(self, name: str, labels: dict[str, str], amount: float = 1) -> None:
+        self.series(name, labels).inc(amount)
+
+    def series(self, name: str, labels: dict[str, str]) -> Counter:
+        """One counter of those that go by this name."""
         key = name, tuple(labels.items())
-        if (series := self._series.get(key)) is None:
-            series = self._series[key] = self._counters[name].labels(**labels)
-        series.inc(amount)
+        if (found := self._series.get(key)) is None:
+            found = self._series[key] = self._counters[name].labels(**labels)
+        return found
 
     def observe(self, name: str, labels: dict[str, str], value: float) -> None:
         self._histograms[name].labels(**labels).observe(value)

@@ -189,17 +189,22 @@ class Outbound:
             return self._recorded(Decision(*verdict, purpose, target, addresses, audit_id))
 
         try:
-            # 1. Read the URL. 2. The lists, as far as they need no address. 3. The plugins, who may replace that.
+            # 1. Read the URL. 2. The lists, as far as they need no address. 3. The plugins, who may tighten that, or
+            # take the place of `allow` and `default`; another URL of theirs is judged as a new one.
             target = parse_target(url)
             verdict = self._rules.by_lists(target, target.known)
             answer = await self._plugins.ask(_request(target, purpose, verdict))
             if isinstance(answer, Rewrite):
                 target = parse_target(answer.url)
                 verdict = self._rules.by_lists(target, target.known)
+                answer = await self._plugins.ask(_request(target, purpose, verdict))
+                answer = answer if isinstance(answer, Deny) else None  # it has been rewritten
         except BadUrl as error:
             return decided(Verdict(False, error.rule, error.reason))
-        if isinstance(answer, Deny | Allow):
-            verdict = Verdict(isinstance(answer, Allow), "plugin", f"a plugin says: {answer.reason}")
+        if isinstance(answer, Deny):
+            verdict = Verdict(False, "plugin", f"a plugin says: {answer.reason}")
+        elif isinstance(answer, Allow) and self._rules.by_deny(target, target.known) is None:
+            verdict = Verdict(True, "plugin", f"a plugin says: {answer.reason}")
         if not verdict.is_allowed:
             return decided(verdict)
         # 4. Look the name up. 5. The lists again, now that networks can be compared. 6. Whether the addresses may be.
@@ -209,8 +214,8 @@ class Outbound:
             return decided(Verdict(True, verdict.rule, f"{verdict.reason}; but {error}"))
         if not addresses:
             return decided(Verdict(True, verdict.rule, f"{verdict.reason}; but {target.host} has no address"))
-        if verdict.rule != "plugin":
-            verdict = self._rules.by_lists(target, addresses)
+        by_plugin = verdict if verdict.rule == "plugin" else None
+        verdict = self._rules.by_deny(target, addresses) or by_plugin or self._rules.by_lists(target, addresses)
         if verdict.is_allowed:
             is_configured = target.origin == configured
             verdict = self._rules.by_addresses(target, addresses, is_configured=is_configured) or verdict

@@ -207,11 +207,17 @@ class Builder:
             replicas[replica_id] = replica
             threads = self.threads(seat.backend, is_staying=state is ReplicaState.LOADING)
             workers[replica_id] = (draft.engine, self._worker_spec(draft, replica_id, seat, threads))
-        queue = TaskQueue(settings.queue.capacity, settings.queue.full_policy)
-        return Built(Pool(self._pool_spec(draft, is_on_demand), queue, replicas), workers)
+        spec = self._pool_spec(draft, offer_for(draft.engine, draft.model), is_on_demand)
+        return Built(Pool(spec, _queue(settings), replicas), workers)
 
-    def _pool_spec(self, draft: Draft, is_on_demand: bool) -> PoolSpec:
-        settings, traits, offer = draft.settings, draft.engine.traits, offer_for(draft.engine, draft.model)
+    def arriving(self, settings: PoolSettings, model: Model) -> Pool:
+        """A pool without replicas, whose model's file is still to come: it offers what its engine can do at all."""
+        draft = self.draft(settings, model)
+        offer = Offer(draft.engine.traits.workloads, draft.engine.traits.features)
+        return Pool(self._pool_spec(draft, offer, True), _queue(settings), {}, is_arriving=True)
+
+    def _pool_spec(self, draft: Draft, offer: Offer, is_on_demand: bool) -> PoolSpec:
+        settings, traits = draft.settings, draft.engine.traits
         keep_ms = settings.keep_alive_ms
         return PoolSpec(
             pool_id=settings.id,
@@ -228,6 +234,7 @@ class Builder:
             full_policy=settings.queue.full_policy,
             strict_needs_exclusive=traits.strict_needs_exclusive,
             reads_whole_ctx=offer.reads_whole_ctx,
+            tool_syntax=offer.tool_syntax,
             can_be_strict=traits.can_be_strict,
             is_known=not traits.is_remote,
             lacks=offer.lacks,
@@ -259,6 +266,10 @@ class Builder:
         on_cpu = sum(1 for one in self.sources.values() if one.backend != "cuda")
         sharing = self._on_cpu if is_staying else max(self._on_cpu + 1, on_cpu)
         return max(1, math.floor(len(os.sched_getaffinity(0)) / max(1, sharing)))
+
+
+def _queue(settings: PoolSettings) -> TaskQueue:
+    return TaskQueue(settings.queue.capacity, settings.queue.full_policy)
 
 
 def offer_for(engine: Engine, model: Model) -> Offer:

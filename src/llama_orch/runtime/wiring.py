@@ -21,7 +21,7 @@ from llama_orch.outbound.door import Outbound
 from llama_orch.outbound.plugins import Plugins
 from llama_orch.policy.rules import Rules
 from llama_orch.runtime.archive import Archive
-from llama_orch.runtime.catalog import Catalog, Glance, Records, Unkept
+from llama_orch.runtime.catalog import Catalog, Glance
 from llama_orch.runtime.fetches import Fetches
 from llama_orch.runtime.fetching import Fetching
 from llama_orch.runtime.hashing import Examine, examine_with
@@ -29,6 +29,7 @@ from llama_orch.runtime.library import CatalogLibrary, Model
 from llama_orch.runtime.on_demand import Look
 from llama_orch.runtime.orchestrator import Orchestrator
 from llama_orch.runtime.plan import Plan
+from llama_orch.runtime.records import Records, Unkept
 from llama_orch.runtime.replicas import Replicas
 from llama_orch.runtime.service import LocalService, gauges
 from llama_orch.runtime.sight import sight_of
@@ -44,6 +45,7 @@ class Keeping:
     glance: Glance
     examine: Examine
     is_known: bool
+    is_alone: bool = False
     fetched: Path | None = None  # the folder of files from elsewhere; None: none are kept
 
 
@@ -90,6 +92,7 @@ def wire(
         clock.wall,
         CatalogJournal(metrics),
         is_known=keeping.is_known,
+        is_alone=keeping.is_alone,
     )
     if keeping.fetched is not None:
         catalog.fetches = Fetches(keeping.fetched, outbound, keeping.examine, catalog, clock.wall)

@@ -12,7 +12,7 @@ from typing import TypeVar
 
 import msgspec
 
-from llama_orch.engines.base import Job, JobRefused, Offer
+from llama_orch.engines.base import Job, JobRefused, Message, Offer
 from llama_orch.engines.seeds import map_seed
 
 LINE_BYTES_MAX = 1 << 20  # of one event; an honest one is some hundred bytes
@@ -95,7 +95,7 @@ def encode(body: object) -> bytes:
         raise JobRefused("the text holds a lone surrogate, which is not valid Unicode") from error
 
 
-def as_text(messages: list[dict[str, str]]) -> str:
+def as_text(messages: list[Message]) -> str:
     """About what a template makes of a conversation: for counting only, the server has its own."""
     turns = [f"<|{message['role']}|>\n{message['content']}\n" for message in messages]
     return "".join(turns) + "<|assistant|>\n"

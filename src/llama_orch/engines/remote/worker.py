@@ -22,6 +22,7 @@ from llama_orch.engines.base import (
     EngineBusy,
     Job,
     JobRefused,
+    Message,
     Reading,
     ReadJob,
     RunLost,
@@ -144,7 +145,7 @@ class RemoteWorker:
         count = None if found is None else len(found.tokens) if found.count is None else found.count
         return dialect.estimated_tokens(text) if count is None or count < 0 else count
 
-    async def render_chat(self, messages: list[dict[str, str]]) -> str:
+    async def render_chat(self, messages: list[Message], tools: list[Message] | None = None) -> str:
         """For counting; what is sent are the messages."""
         if self._known.kind is Kind.LLAMACPP:
             found = await self._told("/apply-template", {"messages": messages}, _prompt)
