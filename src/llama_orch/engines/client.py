@@ -7,7 +7,7 @@ reach an engine, each checked against its range: negative or unknown values have
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator
 from contextlib import aclosing, suppress
 from pathlib import Path
 from typing import TypeVar
@@ -25,6 +25,7 @@ from llama_orch.engines.base import (
     is_out_of_memory,
 )
 from llama_orch.engines.exchange import Exchange
+from llama_orch.engines.idle_watch import IdleWatch
 from llama_orch.engines.seeds import map_seed
 
 _LINE_BYTES_MAX = 1 << 20  # one event; an honest one is some hundred bytes
@@ -214,7 +215,7 @@ class CompletionStream:
         self._exchange = Exchange(socket_path)
         self._api_key = api_key
         self._body = body
-        self._idle = _IdleWatch(idle_timeout_s, self._exchange.close)
+        self._idle = IdleWatch(idle_timeout_s, self._exchange.close)
 
     async def events(self) -> AsyncGenerator[CompletionEvent, None]:
         """The events of `batches`, one by one."""
@@ -272,42 +273,6 @@ class CompletionStream:
         """Drop the connection. Idempotent."""
         self._idle.stop()
         self._exchange.close()
-
-
-class _IdleWatch:
-    """Closes a stream on which nothing came for too long. One timer for each period of silence, none for each token;
-    time in which nobody reads the stream is not the engine's."""
-
-    def __init__(self, seconds: float, fire: Callable[[], None]) -> None:
-        self.seconds = seconds
-        self.has_fired = False
-        self.is_waiting = True
-        self._fire = fire
-        self._loop = asyncio.get_running_loop()
-        self._touched_at = 0.0
-        self._timer: asyncio.TimerHandle | None = None
-
-    def start(self) -> None:
-        self.touch()
-        self._timer = self._loop.call_later(self.seconds, self._look)
-
-    def touch(self) -> None:
-        self._touched_at = self._loop.time()
-
-    def stop(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-
-    def _look(self) -> None:
-        if not self.is_waiting:
-            self.touch()
-        left = self._touched_at + self.seconds - self._loop.time()
-        if left > 0:
-            self._timer = self._loop.call_later(left, self._look)
-        else:
-            self.has_fired = True
-            self._fire()
 
 
 def completion_body(job: Job, slots: int) -> CompletionBody:
