@@ -1,6 +1,6 @@
 """Our client of llama-server's HTTP dialect over a worker's Unix socket: small, typed, and cheap per token.
 
-One connection per request, because closing it is how a completion is canceled. Only the fields of `CompletionBody` ever
+One connection per completion, because closing it is how it is canceled. Only the fields of `CompletionBody` ever
 reach an engine, each checked against its range: negative or unknown values have been memory errors upstream.
 """
 
@@ -24,12 +24,13 @@ from llama_orch.engines.base import (
     WorkerLost,
     is_out_of_memory,
 )
-from llama_orch.engines.exchange import Exchange
+from llama_orch.engines.exchange import Exchange, Kept
 from llama_orch.engines.idle_watch import IdleWatch
 from llama_orch.engines.seeds import map_seed
 
 _LINE_BYTES_MAX = 1 << 20  # one event; an honest one is some hundred bytes
 _REQUEST_TIMEOUT_S = 30.0
+_KEPT_MAX = 2  # each takes a thread of the worker's, which has six more than its slots need
 _INT32_MAX = 2**31 - 1
 _STOP_STRINGS_MAX = 64
 _LOGPROBS_MAX = 20
@@ -146,11 +147,12 @@ _encode = msgspec.json.Encoder().encode
 
 
 class LlamaClient:
-    """Speaks to one worker. Safe for concurrent use; holds no connection between requests."""
+    """Speaks to one worker. Safe for concurrent use."""
 
     def __init__(self, socket_path: Path, api_key: str) -> None:
         self._socket_path = str(socket_path)
         self._api_key = api_key
+        self._kept = Kept(_KEPT_MAX)
 
     async def props(self) -> Props:
         """What the engine granted: slots, and tokens of context per slot."""
@@ -183,18 +185,35 @@ class LlamaClient:
     ) -> bytes:
         """One request, the whole body of its answer. Raises JobRefused for 4xx (EngineBusy where memory
         was lacking) and WorkerLost for the rest."""
-        exchange = Exchange(self._socket_path)
         try:
             async with asyncio.timeout(limit_s):
-                await exchange.send(method, path, self._api_key, _to_json(body))
-                answer = await exchange.read_all()
+                http_status, answer = await self._exchanged(method, path, _to_json(body))
         except TimeoutError as error:
             raise WorkerLost(f"{method} {path} had no answer within {limit_s} s") from error
-        finally:
-            exchange.close()
-        if exchange.http_status != 200:
-            raise _refusal(exchange.http_status, answer)
+        if http_status != 200:
+            raise _refusal(http_status, answer)
         return answer
+
+    async def _exchanged(self, method: str, path: str, body: bytes) -> tuple[int, bytes]:
+        """Status and body. To connect costs more than to ask, so connections are kept; one that the worker has closed
+        meanwhile, as it may when nothing was asked for some seconds, is not its loss."""
+        while True:
+            kept = self._kept.take()
+            exchange = Exchange(self._socket_path, kept)
+            try:
+                await exchange.send(method, path, self._api_key, body, keep=True)
+                answer = await exchange.read_all()
+            except WorkerLost:
+                exchange.close()
+                if kept is None or exchange.http_status:
+                    raise
+            except BaseException:
+                exchange.close()
+                raise
+            else:
+                if (left := exchange.left()) is not None:
+                    self._kept.put(left)
+                return exchange.http_status, answer
 
     def complete(self, body: CompletionBody, idle_timeout_s: float) -> CompletionStream:
         """A completion's stream, not yet sent."""

@@ -24,7 +24,8 @@ class Exchange(asyncio.Protocol):
     """Sends one request and reads its answer piece by piece. Bytes are parsed as they come in, with no stream, no task
     and no future between the socket and the pieces: this is passed once for each token."""
 
-    def __init__(self, socket_path: str) -> None:
+    def __init__(self, socket_path: str, kept: asyncio.Transport | None = None) -> None:
+        """`kept`: an open connection that another exchange has left."""
         self.http_status = 0  # 0 until the answer's head is read
         self.is_complete = False
         self._socket_path = socket_path
@@ -32,25 +33,41 @@ class Exchange(asyncio.Protocol):
         self._pieces: list[bytes] = []
         self._waiting_bytes = 0
         self._headers = 0
-        self._transport: asyncio.Transport | None = None
+        self._transport = kept
         self._waiter: asyncio.Future[None] | None = None
         self._trouble: WorkerLost | None = None
         self._is_held = False  # the worker is made to wait
+        self._may_follow = False  # another request
 
-    async def send(self, method: str, path: str, api_key: str, body: bytes) -> None:
-        """Connect and send the request."""
+    async def send(self, method: str, path: str, api_key: str, body: bytes, *, keep: bool = False) -> None:
+        """Connect and send the request. `keep`: another one may follow on the same connection."""
+        connection = "keep-alive" if keep else "close"
         head = (
-            f"{method} {path} HTTP/1.1\r\nHost: worker\r\nConnection: close\r\nAuthorization: Bearer {api_key}\r\n"
-            f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+            f"{method} {path} HTTP/1.1\r\nHost: worker\r\nConnection: {connection}\r\n"
+            f"Authorization: Bearer {api_key}\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
         )
+        transport = await self._connected() if self._transport is None else self._transport
+        transport.set_protocol(self)
+        self._transport = transport
+        transport.write(head.encode("ascii") + body)
+
+    async def _connected(self) -> asyncio.Transport:
         loop = asyncio.get_running_loop()
         try:
-            self._transport, _ = await loop.create_unix_connection(lambda: self, self._socket_path)
+            transport, _ = await loop.create_unix_connection(lambda: self, self._socket_path)
         except OSError as error:
             if error.errno in NOTHING_LEFT:
                 raise EngineBusy(f"no connection to the worker could be made: {error.strerror}") from error
             raise WorkerLost(f"the worker does not take requests: {error.strerror or error}") from error
-        self._transport.write(head.encode("ascii") + body)
+        return transport
+
+    def left(self) -> asyncio.Transport | None:
+        """The connection, where the answer was whole and another request may follow. Else it is closed."""
+        transport = self._transport
+        if transport is not None and self.is_complete and self._may_follow and not transport.is_closing():
+            return transport
+        self.close()
+        return None
 
     async def read_head(self) -> int:
         """Read until the answer's head is there; returns its HTTP status."""
@@ -137,3 +154,25 @@ class Exchange(asyncio.Protocol):
 
     def on_message_complete(self) -> None:
         self.is_complete = True
+        self._may_follow = self._parser.should_keep_alive()
+
+
+class Kept:
+    """Open connections on which nothing is asked."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._connections: list[asyncio.Transport] = []
+
+    def take(self) -> asyncio.Transport | None:
+        """One that has not been closed since, if there is one."""
+        while self._connections:
+            if not (connection := self._connections.pop()).is_closing():
+                return connection
+        return None
+
+    def put(self, connection: asyncio.Transport) -> None:
+        if len(self._connections) < self._most:
+            self._connections.append(connection)
+        else:
+            connection.abort()
