@@ -21,7 +21,7 @@ from tests.live_service import LiveService, live_service
 from tests.runtime.frames import Seen
 
 MODEL = "openai:ray/tiny"
-CLIENTS, KILLS_MAX = 6, 8
+CLIENTS, KILLS_MAX = 10, 20
 PROMPT = "Once upon a time"
 
 
