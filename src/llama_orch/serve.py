@@ -182,6 +182,7 @@ class _Program:
                 log_config=None,
                 access_log=settings.logs.level == "debug",
                 server_header=False,
+                proxy_headers=False,  # nothing here asks where a request came from
                 timeout_graceful_shutdown=SHUTDOWN_LIMIT_S,
             )
         )
