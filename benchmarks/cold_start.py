@@ -61,7 +61,9 @@ async def main(rounds: int) -> None:
         one = await start_s()
         listening.append(one[0])
         first.append(one[1])
-    print(f"{rounds} rounds in turns\n\n| from the start of the process | s, minimum / median / maximum |\n| --- | --- |")
+    print(
+        f"{rounds} rounds in turns\n\n| from the start of the process | s, minimum / median / maximum |\n| --- | --- |"
+    )
     for name, values in (("`python -c pass`", nothing), ("listening", listening), ("first token", first)):
         print(f"| {name} | {three(values)} |")
     print(f"\n{at_most('cold start to listening', statistics.median(listening), 0.6, ' s')}")

@@ -123,8 +123,12 @@ async def main(given: argparse.Namespace) -> None:
                 lags, grown = await one_round(address, served.pid, given.decoding, given.streams, given.seconds)
                 many.append(lags)
                 grown_bytes.append(grown)
-    print(f"{given.decoding} streams decode at {TOKENS_PER_S:g} tokens/s, {given.rounds} rounds of {given.seconds:g} s\n")
-    print("| streams that wait | `GET /healthz`, ms (minimum / median / maximum) | p99, by round |\n| --- | --- | --- |")
+    print(
+        f"{given.decoding} streams decode at {TOKENS_PER_S:g} tokens/s, {given.rounds} rounds of {given.seconds:g} s\n"
+    )
+    print(
+        "| streams that wait | `GET /healthz`, ms (minimum / median / maximum) | p99, by round |\n| --- | --- | --- |"
+    )
     for count, rounds in ((1, few), (given.streams, many)):
         print(f"| {count} | {three([lag for one in rounds for lag in one])} | {three([p99(one) for one in rounds])} |")
     kb = grown_bytes[0] / 1000

@@ -17,6 +17,7 @@ import asyncio
 import json
 import os
 import re
+import socket
 import statistics
 import sys
 import tempfile
@@ -180,13 +181,15 @@ async def answers(url: str, process: asyncio.subprocess.Process, log_path: Path)
             except httpx.TransportError:
                 pass  # it does not listen yet
             if process.returncode is not None or time.monotonic() > deadline:
-                raise PeerFailed(log_path.read_text(errors="replace")[-2000:])
+                raise PeerFailed(last_words(log_path))
             await asyncio.sleep(0.2)
 
 
-def free_port() -> int:
-    import socket
+def last_words(log_path: Path) -> str:
+    return log_path.read_text(errors="replace")[-2000:]
 
+
+def free_port() -> int:
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
         port: int = one.getsockname()[1]

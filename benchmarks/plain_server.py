@@ -17,12 +17,13 @@ from pathlib import Path
 
 KEY = "plain-0123456789abcdefghijklmnopqrstuv"
 SAID = "listening on "
+SCRIPT = Path(__file__).resolve()
 
 
 @asynccontextmanager
 async def a_plain_server(slots: int, ctx: int, threads: int) -> AsyncIterator[str]:
     """Its address, http://127.0.0.1:PORT. The key is KEY."""
-    command = [sys.executable, str(Path(__file__).resolve()), *map(str, (slots, ctx, threads, KEY))]
+    command = [sys.executable, str(SCRIPT), *map(str, (slots, ctx, threads, KEY))]
     process = await asyncio.create_subprocess_exec(
         *command, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.DEVNULL
     )

@@ -122,7 +122,9 @@ def run(section: Section, litellm: Path | None, *, is_quick: bool) -> tuple[str,
     verdicts = [line for line in printed.splitlines() if line.startswith((REACHED, MISSED))]
     # "not printed" says nothing more where the program itself failed
     verdicts += [target.line(printed) for target in section.targets if not failure]
-    parts = [f"## {section.title}\n\n`python {' '.join(command)}`, {took:.0f} s, load average {load:.2f} at its start\n"]
+    parts = [
+        f"## {section.title}\n\n`python {' '.join(command)}`, {took:.0f} s, load average {load:.2f} at its start\n"
+    ]
     parts.append(remark + "\n".join(kept).strip())
     if verdicts:
         parts.append("\n" + "\n".join(verdicts))
@@ -136,7 +138,8 @@ def machine() -> str:
     memory = re.search(r"^MemTotal:\s+(\d+)", Path("/proc/meminfo").read_text(), re.MULTILINE)
     gib = int(memory[1]) / 2**20 if memory else 0.0
     name = cpu[1] if cpu else platform.machine()
-    return f"{os.cpu_count()} cores of {name}, {gib:.0f} GiB, Linux {platform.release()}, Python {platform.python_version()}"
+    python = f"Python {platform.python_version()}"
+    return f"{os.cpu_count()} cores of {name}, {gib:.0f} GiB, Linux {platform.release()}, {python}"
 
 
 def main() -> int:

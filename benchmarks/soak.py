@@ -110,7 +110,7 @@ class Soak:
         deadline = time.monotonic() + QUIET_S
         while True:
             gauges = await busy(self.served.client)
-            pools = (await self.served.client.get("/v1/pools")).raise_for_status().json()["pools"]
+            pools = (await self.served.client.get("/v1/pools")).raise_for_status().json()["items"]
             if not any(gauges.values()) and all(pool["ready"] for pool in pools):
                 break
             if time.monotonic() > deadline:

@@ -23,7 +23,9 @@ def test_a_rehearsal_reports_sections_with_command_and_targets(tmp_path: Path) -
     for name in only:
         assert f"`python benchmarks/{name}.py" in report
     for target in ("the dearest operation", "memory by 100,000 tasks", "cold start to listening"):
-        assert sum(line.startswith(("- reached: ", "- missed: ")) and target in line for line in report.splitlines()) == 1
+        assert (
+            sum(line.startswith(("- reached: ", "- missed: ")) and target in line for line in report.splitlines()) == 1
+        )
     assert "not printed" not in report
     assert "A rehearsal" in report
 
