@@ -6,10 +6,12 @@ from __future__ import annotations
 import re
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+
+SLOW_BYTES, SLOW_S = 1 << 16, 0.02
 
 
 @dataclass
@@ -21,11 +23,14 @@ class Hub:
     content: bytes
     etag: str | None = '"v1"'
     has_ranges: bool = True
+    length: str = "said"  # or `chunked`, or `unsaid`: the end of the connection is the end of the file
     faults: list[Any] = field(default_factory=list)
     heard: list[tuple[str, dict[str, str]]] = field(default_factory=list)
-    hold_after: int | None = None  # bytes; then it waits for `go_on`
+    hold_after: int | None = None  # bytes of the next answer; then it waits for `go_on`
     held: threading.Event = field(default_factory=threading.Event)
     go_on: threading.Event = field(default_factory=threading.Event)
+    slow_after: int | None = None  # bytes of the file; then it comes in small pieces, SLOW_S apart
+    is_slow: threading.Event = field(default_factory=threading.Event)  # some of them have come
     url: str = ""
     files_url: str = ""
 
@@ -69,7 +74,8 @@ class _Handler(BaseHTTPRequestHandler):
         if isinstance(fault, int):
             return self._say(fault, b"busy", **{"Retry-After": "7"})
         if fault != "reset":
-            self._send_file(fault)
+            with suppress(ConnectionError):  # who asked has gone, or was killed
+                self._send_file(fault)
 
     def _send_file(self, fault: str | None) -> None:
         content, etag = self.hub.content, self.hub.etag
@@ -81,7 +87,16 @@ class _Handler(BaseHTTPRequestHandler):
         if start is not None:
             first = start + 1 if fault == "elsewhere" else start
             tags["Content-Range"] = f"bytes {first}-{len(content) - 1}/{len(content)}"
-        self._say(200 if start is None else 206, part, fault, **tags)
+        if self.hub.slow_after is None:
+            return self._say(200 if start is None else 206, part, fault, **tags)
+        fast = max(0, self.hub.slow_after - (start or 0))
+        self._say(200 if start is None else 206, part, fault, fast, **tags)
+        self.wfile.flush()
+        for place in range(fast, len(part), SLOW_BYTES):
+            self.wfile.write(part[place : place + SLOW_BYTES])
+            self.wfile.flush()
+            self.hub.is_slow.set()
+            self.hub.go_on.wait(SLOW_S)
 
     def _start(self) -> int | None:
         """The first byte that is to be sent, None for the whole."""
@@ -89,9 +104,17 @@ class _Handler(BaseHTTPRequestHandler):
         is_same = self.headers.get("If-Range") in (None, self.hub.etag)
         return int(found[1]) if found and self.hub.has_ranges and is_same else None
 
-    def _say(self, status: int, body: bytes, fault: str | None = None, **headers: str) -> None:
+    def _say(
+        self, status: int, body: bytes, fault: str | None = None, first: int | None = None, **headers: str
+    ) -> None:
+        """`first`: bytes that are sent here, of those that are announced."""
         self.send_response(status)
-        self.send_header("Content-Length", str(len(body) - (fault == "more")))
+        how = self.hub.length if body else "said"
+        if how == "said":
+            self.send_header("Content-Length", str(len(body) - (fault == "more")))
+        elif how == "chunked":
+            self.send_header("Transfer-Encoding", "chunked")
+            body = b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body)
         for name, value in headers.items():
             self.send_header(name, value)
         self.end_headers()
@@ -104,5 +127,5 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.flush()
             self.hub.held.set()
             self.hub.go_on.wait()
-            return
-        self.wfile.write(body)
+            body = body[hold:]
+        self.wfile.write(body[:first])

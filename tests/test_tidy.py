@@ -18,6 +18,7 @@ FUNCTION_LINES_MAX = 60
 
 MAY_CATCH_EVERYTHING = {
     ("runtime/decoding.py", "_run_task"),  # around one task's run
+    ("runtime/fetches.py", "_run"),  # around one fetch
     ("runtime/replicas.py", "_one_life"),  # around one replica's supervision
     ("runtime/replicas.py", "_stop"),  # and around its end
     ("api/edge.py", "_http"),  # the border of one request: nothing but our envelope goes out

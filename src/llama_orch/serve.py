@@ -38,7 +38,7 @@ from llama_orch.observe import logs
 from llama_orch.outbound.plugins import Plugins
 from llama_orch.runtime.builder import Builder
 from llama_orch.runtime.hashing import HashingProcess
-from llama_orch.runtime.library import CatalogLibrary, FileLibrary
+from llama_orch.runtime.library import CatalogLibrary, FileLibrary, Model, RemoteLibrary
 from llama_orch.runtime.plan import Plan, PlanError, plan_with
 from llama_orch.runtime.sight import sight_of
 from llama_orch.runtime.wiring import Keeping, wire
@@ -82,8 +82,8 @@ def _serve_with(database: Database, settings: Settings, home: Home, token: str, 
         engines = _engines(settings)
         sources = discover(settings.devices, lambda uuids: _can_use_cuda(settings, uuids))
         digests = Digests(home.path / "digests.json")
-        keeping = _catalog(database, settings, digests)
-        plan = plan_with(_builder(engines, sources, home, digests, keeping.book), settings)
+        keeping = _catalog(database, settings, digests, lifeline=lifeline)
+        plan = plan_with(_builder(settings, engines, sources, home, digests, keeping.book), settings)
         listener = _bind(settings)
     except (PlanError, DeviceError, ValueError, OSError) as error:
         for problem in getattr(error, "problems", [str(error)]):
@@ -106,17 +106,25 @@ def _swept(sweep: Future[int]) -> None:
 
 
 def _builder(
-    engines: Mapping[str, Engine], sources: Sequence[Source], home: Home, digests: Digests, book: CatalogBook
+    settings: Settings,
+    engines: Mapping[str, Engine],
+    sources: Sequence[Source],
+    home: Home,
+    digests: Digests,
+    book: CatalogBook,
 ) -> Builder:
     """Knows what earlier loads really took."""
-    calibration, library = (
-        Calibration(home.path / "calibration.json"),
-        CatalogLibrary(book, FileLibrary(), home.path / FETCHED_NAME),
-    )
-    return Builder(engines, sources, library, calibration, lambda model: digests.known(model.path))
+    calibration = Calibration(home.path / "calibration.json")
+    files = CatalogLibrary(book, FileLibrary(), home.path / FETCHED_NAME)
+    library = RemoteLibrary(settings.engines.openai.servers, files)
+
+    def digest_known(model: Model) -> str | None:
+        return None if model.path is None else digests.known(model.path)
+
+    return Builder(engines, sources, library, calibration, digest_known)
 
 
-def _catalog(database: Database, settings: Settings, digests: Digests) -> Keeping:
+def _catalog(database: Database, settings: Settings, digests: Digests, *, lifeline: bool) -> Keeping:
     """What is in the catalog. A disk that does not do is no reason not to serve; whoever needs the catalog is told."""
     store = CatalogStore(database)
     try:
@@ -133,7 +141,8 @@ def _catalog(database: Database, settings: Settings, digests: Digests) -> Keepin
         return sight_of(path, settings), path
 
     records, examine = CatalogRecords(database, store), HashingProcess(digests)
-    return Keeping(book, records, glance, examine, is_known, fetched=database.path.parent / FETCHED_NAME)
+    is_alone = is_known and not store.left_out and not lifeline
+    return Keeping(book, records, glance, examine, is_known, is_alone, database.path.parent / FETCHED_NAME)
 
 
 class _Program:
@@ -173,6 +182,7 @@ class _Program:
                 log_config=None,
                 access_log=settings.logs.level == "debug",
                 server_header=False,
+                proxy_headers=False,  # nothing here asks where a request came from
                 timeout_graceful_shutdown=SHUTDOWN_LIMIT_S,
             )
         )
@@ -260,7 +270,9 @@ def _bind(settings: Settings) -> socket.socket:
 
 def _engines(settings: Settings) -> dict[str, Engine]:
     llamacpp = settings.engines.llamacpp
-    return build_engines(llamacpp.launcher, llamacpp.binary, llamacpp.extra_args)
+    return build_engines(
+        llamacpp.launcher, llamacpp.binary, llamacpp.extra_args, servers=settings.engines.openai.servers
+    )
 
 
 def _can_use_cuda(settings: Settings, uuids: tuple[str, ...]) -> bool:

@@ -24,13 +24,16 @@ import msgspec
 from llama_orch.contract.config import DeviceSettings, LlamacppSettings, PoolSettings, Settings
 from llama_orch.device_checks import are_on_one_card, device_problems
 from llama_orch.policy.rules import list_problems
+from llama_orch.remote_checks import remote_pool_problems, server_problems
+from llama_orch.remote_references import SCHEME
 from llama_orch.strict_yaml import StrictYamlError, parse_yaml
 
 FILE_BYTES_MAX = 1 << 20
-ENGINES = ("llamacpp", "ctransformers", "simulated")
+ENGINES = ("llamacpp", "ctransformers", "openai", "simulated")
 REPLICA_CTX_MAX = 1 << 24  # slots x ctx of one replica, in tokens
 TOKEN_BITS_MIN = 128  # for a bind that other machines reach (HP-SEC-3)
 TOKEN_CHARS_MIN = 16
+KEY_CHARS_MIN = 8  # of a key for a server elsewhere
 _TOKEN_DISTINCT_MIN = 8
 _TOKEN_BYTES_MAX = 4096
 
@@ -166,6 +169,8 @@ def check_settings(settings: Settings) -> list[str]:
     problems = [*_repeated("devices", "id", [device.id for device in devices])]
     problems += device_problems(devices)
     problems += _llamacpp_problems(settings.engines.llamacpp)
+    problems += server_problems(settings.engines.openai.servers)
+    problems += _repeated("engines.openai.servers", "name", [one.name for one in settings.engines.openai.servers])
     problems += _repeated("pools", "id", [pool.id for pool in settings.pools])
     for index, pool in enumerate(settings.pools):
         where = f"pools[{index}]"
@@ -196,12 +201,15 @@ def _llamacpp_problems(llamacpp: LlamacppSettings) -> Iterator[str]:
 def _pool_problems(where: str, pool: PoolSettings, settings: Settings) -> Iterator[str]:
     if pool.engine not in ENGINES:
         yield f"{where}.engine: there is no engine {pool.engine!r}; known: {', '.join(ENGINES)}"
-    if problem := model_problem(pool.model):
+    is_remote = pool.engine == "openai"
+    if is_remote or pool.model.startswith(SCHEME):
+        yield from remote_pool_problems(where, pool, settings.engines.openai.servers)
+    elif problem := model_problem(pool.model):
         yield f"{where}.model: {problem}"
     if pool.sampler_profile_version not in settings.sampler_profiles:
         known = ", ".join(settings.sampler_profiles)
         yield f"{where}.sampler_profile_version: there is no profile {pool.sampler_profile_version!r}; known: {known}"
-    if pool.max_tokens > pool.ctx:
+    if pool.max_tokens > pool.ctx and not is_remote:
         yield f"{where}.max_tokens: {pool.max_tokens} is more than the ctx of a slot, {pool.ctx}"
     if pool.slots * pool.ctx > REPLICA_CTX_MAX:
         yield f"{where}: slots x ctx is {pool.slots * pool.ctx} tokens; a replica takes at most {REPLICA_CTX_MAX}"
@@ -336,19 +344,38 @@ def _checked_token(token: str, name: str) -> str:
 
 
 def _read_token(path: Path) -> str | None:
-    """The file's token; None without a file. Links are not followed; what others can read is no secret."""
+    """The file's token; None without a file."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        return _checked_token(_read_private(path, "token"), str(path))
     except FileNotFoundError:
         return None
+
+
+def read_key(path: Path) -> str:
+    """The key that the file holds. Raises SettingsError."""
+    try:
+        key = _read_private(path, "key")
+    except OSError as error:
+        raise SettingsError([f"{path}: cannot be read: {error.strerror}"]) from error
+    if not re.fullmatch(rf"[\x21-\x7e]{{{KEY_CHARS_MIN},}}", key):  # shorter: see _checked_token
+        raise SettingsError(
+            [f"{path}: a key is one line of at least {KEY_CHARS_MIN} visible ASCII characters without spaces"]
+        )
+    return key
+
+
+def _read_private(path: Path, what: str) -> str:
+    """One line of a file. Links are not followed; what others can read is no secret."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     with open(descriptor, "rb") as file:
         entry = os.fstat(descriptor)
         if not stat.S_ISREG(entry.st_mode) or entry.st_uid != os.geteuid():
-            raise SettingsError([f"{path}: is not a file of yours; remove it and a new token is made"])
+            hint = "; remove it and a new token is made" if what == "token" else ""
+            raise SettingsError([f"{path}: is not a file of yours{hint}"])
         if stat.S_IMODE(entry.st_mode) & 0o077:
-            raise SettingsError([f"{path}: other users can read the token; run: chmod 600 {path}"])
+            raise SettingsError([f"{path}: other users can read the {what}; run: chmod 600 {path}"])
         content = file.read(_TOKEN_BYTES_MAX)
-    return _checked_token(content.decode("ascii", "replace").removesuffix("\n"), str(path))
+    return content.decode("ascii", "replace").removesuffix("\n")
 
 
 def _write_token(path: Path) -> tuple[str, TokenSource]:

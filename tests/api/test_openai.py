@@ -250,7 +250,9 @@ def test_a_field_that_is_wrong_is_the_param(own: Server) -> None:
         ({"messages": [{"role": "robot", "content": "x"}]}, "messages[0].role"),
         ({"messages": [{"role": "user", "content": "x", "tone": 1}]}, "messages[0].tone"),
         ({"max_token": 3}, "max_token"),
-        ({"logprobs": True}, "logprobs"),
+        ({"n": 2}, "n"),
+        ({"top_logprobs": 2}, "top_logprobs"),
+        ({"tools": [{"type": "function", "function": {"name": "two\nlines"}}]}, "tools[0].function.name"),
     ):
         answer = ask(own, CHAT, **changes)
         assert (answer.http_status, error_of(answer)["param"]) == (400, param)

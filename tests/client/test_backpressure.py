@@ -223,7 +223,7 @@ async def _storm(stack: Stack, gap_s: float, **fields: Any) -> float:
 
 
 @pytest.mark.spec("HP-ERR-2", "HP-ERR-3")
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(1))
 @pytest.mark.parametrize(
     ("slots", "token_s", "mean_tokens", "gap_s", "is_measured"),
     [

@@ -32,7 +32,7 @@ from llama_orch.workers import dialect
 from .stack import TOKEN, URL, Stack, a_request, a_stack
 
 PROPERTY = settings(
-    max_examples=30, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck)
+    max_examples=15, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck)
 )
 FORGED = ["\n\n", "\r\n\r\n", "\n\nid: 7\nevent: end\ndata: {}\n\n", "data: x", ": comment", "\u2028", "\x85", "\ufeff"]
 SPLIT = ["é", "日本", "👩‍👩‍👧", "e\u0301", "\U0010ffff"]
@@ -385,7 +385,7 @@ def engine() -> Iterator[Engine]:
 @pytest.mark.spec("HP-STR-5")
 @given(text=st.lists(texts, max_size=8).map("".join), cuts=st.lists(st.integers(0, 200), max_size=12))
 @example(text="".join(SPLIT), cuts=list(range(60)))
-@settings(parent=PROPERTY, max_examples=15)
+@settings(parent=PROPERTY, max_examples=8)
 def test_a_character_in_parts_comes_out_whole(engine: Engine, text: str, cuts: list[int]) -> None:
     """Wherever a model's tokens cut the bytes of its text, the frames hold whole characters, and all of them."""
     data = text.encode()

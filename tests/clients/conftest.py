@@ -1,10 +1,11 @@
 """One service for clients that others wrote: a pool with the model that we ship, one that has a single slot, no queue
-and time, and one for vectors."""
+and much room, one for vectors, and one whose template knows tools."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +15,19 @@ import pytest
 from tests.live.client import open_client, until
 from tests.live.models import ref
 from tests.live_service import LiveService, live_service
+from tests.tool_models import a_tool_model
 
 # Before litellm is imported, which would fetch prices from the network.
 os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"
 
 LIMIT_S = 60.0
+NO_QUEUE = {"capacity": 0}
+MODELS = ["default", "full", "embedder", "tools"]  # as they are listed, before the references
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--node-modules", type=Path, help="the folder that has npm's package openai")
+    parser.addoption("--aider", type=Path, help="the program aider, which wants an environment of its own")
 
 
 @pytest.fixture(scope="session")
@@ -32,9 +37,11 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveService]:
     for file in files:
         file.touch()
     card = {"id": "card", "backend": "simulated", "vram_bytes": 24 << 30}
-    full = {"id": "full", "engine": "simulated", "model": ref(files[0]), "slots": 1, "queue": {"capacity": 0}}
+    # Aider's words to the model are long.
+    full = {"id": "full", "engine": "simulated", "model": ref(files[0]), "slots": 1, "ctx": 32768, "queue": NO_QUEUE}
     embedder = {"id": "embedder", "engine": "simulated", "model": ref(files[1]), "slots": 1}
-    with live_service({"devices": [card], "pools": [{"id": "default"}, full, embedder]}) as running:
+    tools = {"id": "tools", "model": ref(a_tool_model(folder / "tools.gguf"))}
+    with live_service({"devices": [card], "pools": [{"id": "default"}, full, embedder, tools]}) as running:
         with open_client(running) as client:
             until(lambda: all(pool["ready"] for pool in client.get("/v1/pools").json()["items"]))
         yield running
@@ -50,10 +57,16 @@ def ours(service: LiveService) -> Iterator[httpx.Client]:
 @pytest.fixture
 def busy(ours: httpx.Client) -> Iterator[Callable[[], int]]:
     """The slot of pool `full` is taken by a task of some seconds. The result says how many were refused since."""
+    with blocked(ours, 150) as count:
+        yield count
+
+
+@contextmanager
+def blocked(ours: httpx.Client, tokens: int) -> Iterator[Callable[[], int]]:
+    """The same, by a task of so many tokens, of which some fifty take a second."""
     model = ours.get("/v1/pools/full").json()["model"]
-    body = {"model_ref": model, "prompt": "x", "max_tokens": 150}
     before = refused(ours)
-    blocker = ours.post("/v1/tasks", json=body).json()["task_id"]
+    blocker = ours.post("/v1/tasks", json={"model_ref": model, "prompt": "x", "max_tokens": tokens}).json()["task_id"]
     yield lambda: refused(ours) - before
     ours.post(f"/v1/tasks/{blocker}/cancel")
 

@@ -14,7 +14,7 @@ import pytest
 from tests.live.client import until
 from tests.live_service import LiveService
 
-from .conftest import LIMIT_S
+from .conftest import LIMIT_S, MODELS
 
 pytestmark = pytest.mark.spec("HP-OAI-1", "HP-OAI-3", "HP-OAI-4")
 
@@ -40,7 +40,7 @@ def node(request: pytest.FixtureRequest, service: LiveService, tmp_path: Path) -
 
 def test_it_lists_the_models(node: Node) -> None:
     """Pools, and what they serve."""
-    assert node("list")[:3] == ["default", "full", "embedder"]
+    assert node("list")[: len(MODELS)] == MODELS
 
 
 def test_it_chats_and_streams(node: Node) -> None:
@@ -52,6 +52,15 @@ def test_it_chats_and_streams(node: Node) -> None:
 def test_it_gets_vectors(node: Node) -> None:
     """In the encoding that it asks for."""
     assert node("vectors") == [8, 8]
+
+
+@pytest.mark.spec("HP-OAI-8")
+def test_it_calls_tools(node: Node) -> None:
+    """Whole and in chunks, and the result goes back."""
+    seen = node("tools")
+    assert (seen["name"], seen["reason"], seen["streamed"]) == ("look", "tool_calls", seen["arguments"])
+    assert set(json.loads(seen["arguments"])) == {"place"}
+    assert seen["after"] > 0
 
 
 @pytest.mark.spec("HP-OAI-6")

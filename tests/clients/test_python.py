@@ -7,13 +7,16 @@ from typing import Any
 
 import litellm
 import pytest
+from langchain_core.messages import AIMessage, HumanMessage
+from langchain_core.tools import tool
 from langchain_openai import ChatOpenAI
+from litellm.utils import get_valid_models
 from pydantic import BaseModel
 
 from tests.live.client import until
 from tests.live_service import LiveService
 
-from .conftest import LIMIT_S
+from .conftest import LIMIT_S, MODELS
 
 pytestmark = pytest.mark.spec("HP-OAI-1", "HP-OAI-3", "HP-OAI-4")
 
@@ -39,11 +42,39 @@ def test_litellm_chats_and_streams(service: LiveService) -> None:
     assert whole.usage.completion_tokens == 8
 
 
+TOOL = {"type": "function", "function": {"name": "look", "parameters": {"type": "object", "properties": {}}}}
+
+
+def test_litellm_lists_the_models(service: LiveService) -> None:
+    """As the endpoint has them."""
+    address = {"api_base": f"{service.url}/v1", "api_key": service.token}
+    found = get_valid_models(check_provider_endpoint=True, custom_llm_provider="openai", **address)
+    assert set(MODELS) <= set(found)
+
+
 def test_litellm_is_told_what_is_not_offered(service: LiveService) -> None:
     """As its own kind of error, with the field's name."""
-    tool = {"type": "function", "function": {"name": "look", "parameters": {"type": "object", "properties": {}}}}
-    with pytest.raises(litellm.BadRequestError, match="`tools` is not offered"):
-        lite(service, tools=[tool])
+    with pytest.raises(litellm.BadRequestError, match="does not offer `tools`"):
+        lite(service, tools=[TOOL])
+
+
+@pytest.mark.spec("HP-OAI-8")
+def test_litellm_calls_tools(service: LiveService) -> None:
+    """Whole and in chunks, which it puts together itself."""
+    asked = {"tools": [TOOL], "tool_choice": "required", "parallel_tool_calls": False, "max_tokens": 64}
+    whole = lite(service, "tools", **asked)
+    built = litellm.stream_chunk_builder(list(lite(service, "tools", stream=True, **asked)))
+    for answer in (whole, built):
+        (call,) = answer.choices[0].message.tool_calls
+        assert (call.function.name, call.function.arguments) == ("look", "{}")
+        assert answer.choices[0].finish_reason == "tool_calls"
+
+
+@pytest.mark.spec("HP-OAI-9")
+def test_litellm_is_told_how_likely_tokens_were(service: LiveService) -> None:
+    """As many as there are tokens."""
+    told = lite(service, logprobs=True, top_logprobs=2).choices[0].logprobs.content
+    assert [len(one["top_logprobs"]) for one in told] == [2] * 8
 
 
 def test_litellm_waits_out_a_full_queue(service: LiveService, busy: Callable[[], int]) -> None:
@@ -81,6 +112,30 @@ def test_langchain_gets_an_answer_in_a_form(service: LiveService) -> None:
     """Its structured output, which the service keeps."""
     model = langchain(service, max_tokens=64).with_structured_output(Fox, method="json_schema")
     assert isinstance(model.invoke("How old is the fox?"), Fox)
+
+
+@tool
+def look(place: str) -> str:
+    """Look at a place."""
+    return f"there is fog in {place}"
+
+
+@pytest.mark.spec("HP-OAI-8")
+def test_langchain_calls_tools(service: LiveService) -> None:
+    """A call of a function, whose result goes back with the conversation; the same in chunks."""
+    model = langchain(service, "tools", max_tokens=200).bind_tools(
+        [look], tool_choice="look", parallel_tool_calls=False
+    )
+    question = HumanMessage("What is to be seen?")
+    answer = model.invoke([question])
+    assert isinstance(answer, AIMessage)
+    (call,) = answer.tool_calls
+    result = look.invoke(call)
+    after = langchain(service, "tools").bind_tools([look]).invoke([question, answer, result])
+    assert after.content
+    pieces = list(model.stream([question]))
+    whole = sum(pieces[1:], pieces[0])
+    assert [(one["name"], one["args"]) for one in whole.tool_calls] == [("look", call["args"])]
 
 
 def test_langchain_leaves(service: LiveService, states: Callable[[], list[str]]) -> None:

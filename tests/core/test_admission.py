@@ -9,7 +9,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llama_orch.contract.models import ChatMessage, ChatRole, ErrorCode, Sampling, Workload
+from llama_orch.contract.models import (
+    ChatMessage,
+    ChatRole,
+    ErrorCode,
+    Sampling,
+    ToolCall,
+    ToolFunction,
+    Tools,
+    Workload,
+)
 from llama_orch.core import admission
 from llama_orch.errors import InvalidParams, LlorchError, NotFound, PoolUnready
 from llama_orch.testing.builders import DIGEST, a_pool, a_spec, a_task
@@ -60,6 +69,12 @@ def test_an_engine_that_does_not_serve_the_model_is_refused_with_those_that_do()
         ({"messages": CHAT}, {"features": ()}, "does not offer `messages`; leave it out"),
         ({"sampling": Sampling(grammar="root")}, {"features": ("chat",)}, "does not offer `sampling.grammar`; leave"),
         ({"sampling": Sampling(json_schema={})}, {"features": ()}, "does not offer `sampling.json_schema`; leave"),
+        ({"logprobs": 0}, {"features": ()}, "does not offer `logprobs`; leave it out"),
+        (
+            {"messages": CHAT, "tools": Tools(functions=[])},
+            {},
+            "does not offer `tools`, since its engine, or its model's chat template",
+        ),
     ],
 )
 def test_what_no_pool_can_do_is_refused(asked: dict[str, Any], lack: dict[str, Any], says: str) -> None:
@@ -290,3 +305,63 @@ def test_a_refusal_is_the_one_error_body() -> None:
     body = caught.value.body("c-1")
     assert (body.code, body.engine, body.correlation_id) == (ErrorCode.INVALID_PARAMS, "llamacpp", "c-1")
     assert "secret" not in body.message
+
+
+# -- tools -----------------------------------------------------------------------------------------------------------
+
+
+def nested(depth: int) -> dict[str, Any]:
+    value: dict[str, Any] = {}
+    for _ in range(depth):
+        value = {"a": value}
+    return value
+
+
+def tools(*names: str, **fields: Any) -> Tools:
+    return Tools(functions=[ToolFunction(name=name) for name in names], **fields)
+
+
+def a_call(depth: int = 0) -> ToolCall:
+    return ToolCall(id="a", name="b", arguments=nested(depth))
+
+
+def said(**fields: Any) -> ChatMessage:
+    return ChatMessage(**{"role": ChatRole.ASSISTANT, "content": "", **fields})
+
+
+@pytest.mark.spec("HP-OAI-8")
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"messages": None, "prompt": "x", "tools": tools("look")}, "`tools` go with `messages`"),
+        ({"tools": tools("look", "look")}, "have the name 'look'"),
+        ({"tools": tools("look", only="fly")}, "`tools.only` is 'fly'"),
+        ({"tools": tools("look"), "sampling": Sampling(grammar="root ::= []")}, "`tools` and `sampling.grammar`"),
+        ({"messages": [said(role=ChatRole.USER, tool_calls=[a_call()])]}, "`messages[0].tool_calls`"),
+        ({"messages": [said(tool_call_id="a")]}, "`messages[0].tool_call_id`"),
+        ({"messages": [said(role=ChatRole.TOOL)]}, "`messages[0].tool_call_id`"),
+        ({"messages": [said(tool_calls=[a_call(65)])]}, "nested more than 64 deep"),
+        (
+            {"tools": Tools(functions=[ToolFunction(name="a", parameters={"default": nested(64)})])},
+            "nested more than 64",
+        ),
+        (
+            {"tools": Tools(functions=[ToolFunction(name="a", parameters={"enum": [0] * 5000})])},
+            "more than 4096 values",
+        ),
+    ],
+)
+def test_tools_that_contradict_themselves_are_refused(changes: dict[str, Any], reason: str) -> None:
+    """Or that no template should have to write out."""
+    pool = a_pool(features=("chat", "tools", "grammar"), tool_syntax="hermes")
+    request = a_task(**{"prompt": None, "messages": CHAT, **changes})
+    with pytest.raises(InvalidParams, match=re.escape(reason)):
+        admission.check_request(request, pool.spec, ["v1"])
+
+
+@pytest.mark.spec("HP-OAI-8")
+def test_what_is_nested_as_deep_as_may_be_is_taken() -> None:
+    """And not one less."""
+    pool = a_pool(features=("chat", "tools"), tool_syntax="hermes")
+    messages = [said(tool_calls=[a_call(63)])]
+    admission.check_request(a_task(prompt=None, messages=messages, tools=tools("look")), pool.spec, ["v1"])

@@ -243,3 +243,48 @@ def test_nobody_listening_is_a_lost_worker(tmp_path: Path) -> None:
     """A socket that is not there is WorkerLost, not an OSError."""
     with pytest.raises(WorkerLost):
         run(LlamaClient(tmp_path / "none", "key").props())
+
+
+_TOKENS = b'{"tokens":[1,2,3]}'
+_ANSWER = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n%b" % (len(_TOKENS), _TOKENS)
+
+
+@pytest.mark.parametrize("answers", [1, 3, 100])
+def test_a_connection_is_used_again_until_the_worker_closes_it(answers: int) -> None:
+    """A worker may close an idle connection whenever it likes: the next request has one of its own, and no error."""
+    connections = 0
+
+    async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal connections
+        connections += 1
+        for _ in range(answers):
+            await _read_request(reader)
+            writer.write(_ANSWER)
+
+    async def main() -> None:
+        async with a_client(script) as client:
+            for _ in range(6):
+                assert await client.count_tokens("a b") == 3
+                await asyncio.sleep(0)
+
+    run(main())
+    assert connections == -(-6 // answers)
+
+
+def test_an_answer_that_closes_is_not_followed_by_another_request() -> None:
+    """`Connection: close` is believed."""
+    connections = 0
+
+    async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal connections
+        connections += 1
+        await _read_request(reader)
+        writer.write(_ANSWER.replace(b"\r\n", b"\r\nConnection: close\r\n", 1))
+        await reader.read()
+
+    async def main() -> None:
+        async with a_client(script) as client:
+            assert [await client.count_tokens("a") for _ in range(2)] == [3, 3]
+
+    run(main())
+    assert connections == 2

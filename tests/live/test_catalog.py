@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -330,64 +329,6 @@ def test_the_model_of_a_configured_pool_leaves_and_comes_back(client: httpx.Clie
 
 
 # -- restarts --------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.spec("HP-CTL-5")
-def test_answered_writes_outlive_a_kill(folder: Path, tmp_path: Path) -> None:
-    """Entries, states and deletions from many connections; the service is killed between two answers, again and
-    again."""
-    env, known = {"LLORCH_HOME": str(tmp_path / "home")}, dict[str, str]()
-    tmp_path.joinpath("home").mkdir()
-    for life in range(3):
-        with live_service(configuration(folder), env=env) as running, open_client(running) as client:
-            check_entries(client, known)
-            write_until_killed(running, known, f"life-{life}", kill_after=40)
-    with live_service(configuration(folder), env=env) as running, open_client(running) as client:
-        assert len(known) >= 100
-        check_entries(client, known)
-
-
-def check_entries(client: httpx.Client, known: dict[str, str]) -> None:
-    """All that were answered are there, in their state; `gone` is not."""
-    items: list[dict[str, Any]] = []
-    cursor: str | None = None
-    while True:
-        page = client.get(MODELS, params={"limit": 200} | ({"cursor": cursor} if cursor else {})).json()
-        items, cursor = items + page["items"], page["next_cursor"]
-        if cursor is None:
-            break
-    found = {item["id"]: item["state"] for item in items}
-    for name, state in known.items():
-        assert found.get(name, "gone") == state, name
-
-
-def write_until_killed(service: LiveService, known: dict[str, str], prefix: str, kill_after: int) -> None:
-    """Four clients write until the service is gone. What is in `known` was answered."""
-    answered = threading.Semaphore(0)
-
-    def write(number: int) -> None:
-        with open_client(service) as client:
-            for count in range(10_000):
-                name = f"{prefix}-{number}-{count}"
-                try:
-                    if client.post(MODELS, json={"id": name, "source_url": "builtin:tiny"}).status_code != 201:
-                        return
-                    known[name] = "Active"
-                    answered.release()
-                    if count % 3 == 1 and put(client, f"{prefix}-{number}-{count - 1}", "Retired").is_success:
-                        known[f"{prefix}-{number}-{count - 1}"] = "Retired"
-                except httpx.TransportError:
-                    known.pop(f"{prefix}-{number}-{count - 1}", None)  # its change of state may or may not be there
-                    return
-
-    writers = [threading.Thread(target=write, args=(number,)) for number in range(4)]
-    for writer in writers:
-        writer.start()
-    for _ in range(kill_after):
-        assert answered.acquire(timeout=60)
-    os.kill(service.pid, 9)
-    for writer in writers:
-        writer.join(60)
 
 
 @pytest.mark.spec("HP-CTL-3", "HP-CTL-4")

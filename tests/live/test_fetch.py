@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from hashlib import sha256
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -22,7 +20,6 @@ pytestmark = pytest.mark.xdist_group("catalog")
 MODELS = "/v1/catalog/models"
 SOURCE = "hf:org/repo/story.gguf"
 CONTENT = TINY + b"from elsewhere"
-LARGE = TINY + b"\0" * (80 << 20)
 SHORT = {"max_tokens": 4}
 
 
@@ -83,7 +80,8 @@ def test_a_model_is_fetched_served_and_deleted(service: LiveService, client: htt
     entered = enter(client, "story", digest=digest(CONTENT))
     assert entered.status_code == 201
     assert entered.json()["fetch"] == {"state": "none", "received_bytes": 0, "total_bytes": None, "error": None}
-    assert refusal(client, "story") == (404, "NOT_FOUND")
+    for reference in ("story", SOURCE, "hf:org/repo/unknown.gguf"):  # nobody asked for it, and tasks do not by default
+        assert refusal(client, reference) == (404, "NOT_FOUND")
     events = fetch(client, "story")
     size = len(CONTENT)
     assert events[-1] == {"state": "done", "received_bytes": size, "total_bytes": size, "error": None}
@@ -131,47 +129,32 @@ def test_a_file_of_this_machine_is_there(client: httpx.Client) -> None:
 
 @pytest.mark.spec("HP-SEC-4")
 def test_a_fetch_goes_through_the_outbound_policy(hub: Hub) -> None:
-    """This machine's own addresses are closed by default; nothing is connected to."""
+    """This machine's own addresses are closed by default; nothing is connected to. A task that would have it fetched is
+    refused as well, and enters nothing into the catalog."""
     heard = len(hub.heard)
     env = {"HF_ENDPOINT": hub.url}
-    with live_service(configuration(is_open=False), env=env) as running, open_client(running) as client:
+    settings = configuration(is_open=False) | {"on_demand": {"fetch": True}}
+    with live_service(settings, env=env) as running, open_client(running) as client:
+        for reference in ("hf:org/repo/other.gguf", "https://127.0.0.1/model.gguf"):
+            assert refusal(client, reference) == (403, "POLICY_DENIED")
+        assert client.get(MODELS).json()["items"] == []
         enter(client, "story")
         answer = client.post(f"{MODELS}/story/fetch")
+        assert refusal(client, "story") == (403, "POLICY_DENIED")
+        assert len(client.get("/v1/pools").json()["items"]) == 1
     assert (answer.status_code, answer.json()["code"]) == (403, "POLICY_DENIED")
     assert len(hub.heard) == heard
 
 
 @pytest.mark.spec("HP-CTL-4")
 def test_a_strict_policy_takes_models_from_its_registries_only(hub: Hub) -> None:
-    policy = {"mode": "strict", "allowed_registries": ["huggingface.co/org"]}
-    with live_service(configuration(trust_policy=policy)) as running, open_client(running) as client:
+    """And of them none for a task that has no declared digest: it would not be served either."""
+    policy, heard = {"mode": "strict", "allowed_registries": ["huggingface.co/org"]}, len(hub.heard)
+    settings = configuration(trust_policy=policy) | {"on_demand": {"fetch": True}}
+    with live_service(settings, env={"HF_ENDPOINT": hub.url}) as running, open_client(running) as client:
         foreign = enter(client, "foreign", "hf:other/repo/story.gguf")
         assert (foreign.status_code, foreign.json()["code"]) == (403, "UNTRUSTED_ARTIFACT")
         assert enter(client, "own").status_code == 201
-
-
-@pytest.mark.spec("HP-CTL-5")
-def test_a_fetch_outlives_a_kill(tmp_path: Path) -> None:
-    """It goes on by itself, where it ended, and at no time is there a part where the whole belongs."""
-    home = tmp_path / "home"
-    home.mkdir()
-    with a_hub(LARGE, hold_after=70 << 20) as hub:
-        env = {"LLORCH_HOME": str(home), "HF_ENDPOINT": hub.url}
-        with live_service(configuration(), env=env) as running, open_client(running) as client:
-            enter(client, "story", digest=digest(LARGE))
-            assert client.post(f"{MODELS}/story/fetch").status_code == 202
-            assert hub.held.wait(60)
-            until(lambda: client.get(f"{MODELS}/story").json()["fetch"]["received_bytes"] >= 66 << 20)
-            until(lambda: bool(list((home / "models" / "partial").glob("*.json"))))
-            os.kill(running.pid, 9)
-        assert list((home / "models").glob("*.gguf")) == []
-        hub.go_on.set()
-        with live_service(configuration(), env=env) as running, open_client(running) as client:
-            until(lambda: client.get(f"{MODELS}/story").json()["fetch"]["state"] == "done")
-            assert finish(client, model_ref="story", **SHORT)[-1].data["model_digest"] == digest(LARGE)
-        first, second = hub.asked_for()
-    assert first is None
-    assert second is not None
-    assert int(second.removeprefix("bytes=").removesuffix("-")) >= 32 << 20
-    (whole,) = (home / "models").glob("*.gguf")
-    assert whole.read_bytes() == LARGE
+        for reference in ("own", SOURCE, "hf:org/repo/unknown.gguf"):
+            assert refusal(client, reference) == (403, "UNTRUSTED_ARTIFACT")
+    assert len(hub.heard) == heard

@@ -165,7 +165,7 @@ json_values = st.recursive(
 )
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=25)
 @given(st.lists(st.lists(json_values, min_size=9, max_size=9) | json_values))
 def test_no_content_breaks_it(file: Path, lines: list[object]) -> None:
     """Whatever the file holds, a forecast stays within the bounds or is what the same key measured."""

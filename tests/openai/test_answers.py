@@ -16,7 +16,17 @@ from hypothesis import strategies as st
 from lint_contract import validator
 from llama_orch.api.documents import document_bytes
 from llama_orch.contract.codes import CODES
-from llama_orch.contract.models import EndFrame, Error, ErrorCode, FinishReason, StartedFrame
+from llama_orch.contract.models import (
+    EndFrame,
+    Error,
+    ErrorCode,
+    FinishReason,
+    StartedFrame,
+    TokenChance,
+    TokenFrame,
+    TokenLogprob,
+    ToolCallPiece,
+)
 from llama_orch.errors import WorkerReset
 from llama_orch.openai.answers import (
     DONE,
@@ -71,6 +81,10 @@ def frames_said(texts: list[str], end: EndFrame | Error) -> list[Frame]:
     return list(frames_of(b"".join(frame.data for frame in stream.after(-1))))
 
 
+def token_frame(text: str) -> TokenFrame:
+    return TokenFrame(t=text, i=0)
+
+
 def lines(content: bytes) -> list[str]:
     """The data of each message; comments are none."""
     messages = [one for one in content.decode().split("\n\n") if one and not one.startswith(":")]
@@ -112,7 +126,7 @@ def test_chunks_say_what_the_frames_said(texts: list[str], end: EndFrame, kind: 
 @given(texts=words, end=ends, kind=kinds)
 def test_the_whole_answer_is_all_of_it(texts: list[str], end: EndFrame, kind: Any) -> None:
     """Text, reason and usage, as the document says."""
-    whole = json.loads(msgspec.json.encode(kind(SUBJECT).whole("".join(texts), end)))
+    whole = json.loads(msgspec.json.encode(kind(SUBJECT).whole(list(map(token_frame, texts)), end)))
     assert JUDGES[kind][1].is_valid(whole)
     (choice,) = whole["choices"]
     text = choice["message"]["content"] if kind is ChatWording else choice["text"]
@@ -179,3 +193,101 @@ def test_vectors_are_the_same_in_either_encoding(vectors: list[list[float]]) -> 
     assert [list(struct.unpack(f"<{len(one) // 4}f", one)) for one in raw] == vectors
     assert judge("OpenAiEmbeddingList").is_valid(json.loads(msgspec.json.encode(packed)))
     assert plain.usage == packed.usage
+
+
+# -- calls and likelihoods -------------------------------------------------------------------------------------------
+
+
+def a_call_said(reason: FinishReason, *, is_cut: bool) -> list[Frame]:
+    """Text, then a call, whose arguments may be cut off."""
+    stream = TaskStream(STARTED)
+    stream.token("Let me look.")
+    stream.token("<tool_call>", [])
+    stream.token('{"name": "look", ', [ToolCallPiece(index=0, id="a1b2c3d4e", name="look")])
+    stream.token('{"at": ', [ToolCallPiece(index=0, arguments='{"at": ')])
+    if not is_cut:
+        stream.token("1}</tool_call>", [ToolCallPiece(index=0, arguments="1}")])
+    stream.end(end_frame(finish_reason=reason))
+    return list(frames_of(b"".join(frame.data for frame in stream.after(-1))))
+
+
+@pytest.mark.spec("HP-OAI-3")
+@pytest.mark.parametrize(
+    ("reason", "is_cut", "told"),
+    [
+        (FinishReason.STOP, False, "tool_calls"),
+        (FinishReason.LENGTH, True, "length"),
+        (FinishReason.STOP, True, "stop"),  # a stop text may be anywhere
+    ],
+)
+def test_calls_come_in_openais_framing(reason: FinishReason, is_cut: bool, told: str) -> None:
+    """Name and ID once, the arguments in pieces, nothing of what stands around them; a call that is cut off is not told
+    as one that can be made."""
+    frames = a_call_said(reason, is_cut=is_cut)
+    chunks = [
+        json.loads(one) for one in lines(b"".join(map(Chunks(ChatWording(SUBJECT), tells_usage=False).of, frames)))[:-1]
+    ]
+    assert all(JUDGES[ChatWording][0].is_valid(chunk) for chunk in chunks)
+    deltas = [chunk["choices"][0]["delta"] for chunk in chunks]
+    calls = [call for delta in deltas for call in delta.get("tool_calls", ())]
+    assert calls[0] == {
+        "index": 0,
+        "id": "a1b2c3d4e",
+        "type": "function",
+        "function": {"name": "look", "arguments": ""},
+    }
+    assert all(set(call) == {"index", "function"} and set(call["function"]) == {"arguments"} for call in calls[1:])
+    assert "".join(call["function"]["arguments"] for call in calls) == ('{"at": ' if is_cut else '{"at": 1}')
+    assert "".join(delta.get("content", "") for delta in deltas) == "Let me look."
+    assert chunks[-1]["choices"][0]["finish_reason"] == told
+
+
+@pytest.mark.spec("HP-OAI-3")
+def test_a_whole_answer_has_its_calls() -> None:
+    """Beside its text, which is null where there is none."""
+    *frames, end = [
+        frame for frame in a_call_said(FinishReason.STOP, is_cut=False) if isinstance(frame, TokenFrame | EndFrame)
+    ]
+    assert isinstance(end, EndFrame)
+    tokens = [frame for frame in frames if isinstance(frame, TokenFrame)]
+    for said_before, content in ((tokens, "Let me look."), (tokens[1:], None)):
+        whole = json.loads(msgspec.json.encode(ChatWording(SUBJECT).whole(said_before, end)))
+        assert JUDGES[ChatWording][1].is_valid(whole)
+        (choice,) = whole["choices"]
+        call = {"id": "a1b2c3d4e", "type": "function", "function": {"name": "look", "arguments": '{"at": 1}'}}
+        assert choice["message"] == {"role": "assistant", "content": content, "refusal": None, "tool_calls": [call]}
+        assert choice["finish_reason"] == "tool_calls"
+
+
+def likely(text: str, logprob: float, *top: tuple[str, float]) -> TokenLogprob:
+    chances = [TokenChance(token=one, bytes=list(one.encode()), logprob=value) for one, value in top]
+    return TokenLogprob(token=text, bytes=list(text.encode()), logprob=logprob, top=chances)
+
+
+@pytest.mark.spec("HP-OAI-3")
+def test_likelihoods_come_in_openais_two_forms() -> None:
+    """With bytes for chats, with places in the text for completions; the same whole and in chunks."""
+    stream = TaskStream(STARTED)
+    stream.token("Né", None, [likely("N", -0.5, ("N", -0.5), ("O", -1.0)), likely("é", -0.25)])
+    stream.token("e", None, [likely("e", -2.0, ("�", -0.125), ("�", -3.0))])
+    stream.end(end_frame())
+    frames = list(frames_of(b"".join(frame.data for frame in stream.after(-1))))
+    tokens = [frame for frame in frames if isinstance(frame, TokenFrame)]
+    for kind in (ChatWording, TextWording):
+        whole = json.loads(msgspec.json.encode(kind(SUBJECT).whole(tokens, end_frame())))  # type: ignore[abstract]
+        content = b"".join(map(Chunks(kind(SUBJECT), tells_usage=False).of, frames))  # type: ignore[abstract]
+        chunks = [json.loads(one)["choices"][0]["logprobs"] for one in lines(content)[:-1]]
+        told = [one for one in chunks if one]
+        (choice,) = whole["choices"]
+        assert JUDGES[kind][1].is_valid(whole)
+        for key in choice["logprobs"].keys() - {"refusal"}:
+            assert choice["logprobs"][key] == [value for one in told for value in one[key]]
+        if kind is TextWording:
+            assert choice["logprobs"] == {
+                "tokens": ["N", "é", "e"],
+                "token_logprobs": [-0.5, -0.25, -2.0],
+                "top_logprobs": [{"N": -0.5, "O": -1.0}, {}, {"�": -0.125}],
+                "text_offset": [0, 1, 2],
+            }
+        else:
+            assert [one["bytes"] for one in choice["logprobs"]["content"]] == [[78], [195, 169], [101]]

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from msgspec import UNSET, Struct
 
 from llama_orch.contract.models import (
+    ChatMessage,
     ChatRole,
     Determinism,
     OpenAiChatRequest,
@@ -22,6 +23,10 @@ from llama_orch.contract.models import (
     Priority,
     Sampling,
     TaskRequest,
+    ToolCall,
+    ToolChoice,
+    ToolFunction,
+    Tools,
     Workload,
 )
 from llama_orch.errors import InvalidParams
@@ -128,7 +133,7 @@ named = pytest.mark.parametrize("field", FIELDS, ids=lambda field: f"{field.type
 
 def test_the_document_names_what_is_refused() -> None:
     """The descriptions are found, so that the tests below have something to look at."""
-    assert len(FIELDS) > 30
+    assert len(FIELDS) > 25
 
 
 @named
@@ -169,10 +174,9 @@ def test_stream_options_need_a_stream() -> None:
     assert chat(stream_options=None) == chat(stream=True, stream_options={"include_usage": True}) == chat()
 
 
-@pytest.mark.parametrize("role", ["tool", "function"])
-def test_there_are_no_tools_to_answer(role: str) -> None:
-    """Their messages are refused with their place."""
-    error = refusal(OpenAiChatRequest, CHAT | {"messages": [USER, {"role": role, "content": "4"}, USER]})
+def test_the_role_of_former_functions_is_refused() -> None:
+    """With its place."""
+    error = refusal(OpenAiChatRequest, CHAT | {"messages": [USER, {"role": "function", "content": "4"}, USER]})
     assert error.param == "messages[1].role"
     assert "`messages[1].role`" in error.message
 
@@ -305,3 +309,90 @@ def test_a_form_that_contradicts_itself_is_refused(form: dict[str, Any]) -> None
     """By the name of the schema that is missing or too many."""
     error = refusal(OpenAiChatRequest, CHAT | {"response_format": form})
     assert error.param == "response_format.json_schema"
+
+
+# -- tools and likelihoods -------------------------------------------------------------------------------------------
+
+LOOK = {"name": "look", "description": "Looks", "parameters": SCHEMA, "strict": True}
+TOOLS = [{"type": "function", "function": LOOK}, {"type": "function", "function": {"name": "wait"}}]
+FUNCTIONS = [ToolFunction(name="look", description="Looks", parameters=SCHEMA), ToolFunction(name="wait")]
+CALL = {"id": "a1", "type": "function", "function": {"name": "look", "arguments": '{"a": 1}'}, "index": 0}
+
+
+@pytest.mark.parametrize(
+    ("choice", "meant"),
+    [
+        (None, {}),
+        ("auto", {}),
+        ("required", {"choice": ToolChoice.REQUIRED}),
+        ({"type": "function", "function": {"name": "wait"}}, {"choice": ToolChoice.REQUIRED, "only": "wait"}),
+    ],
+)
+@pytest.mark.parametrize("is_parallel", [None, True, False])
+def test_tools_are_what_the_task_may_call(choice: Any, meant: dict[str, Any], is_parallel: bool | None) -> None:
+    """All are shown; which of them is called, and how many at once, is for the choice to say."""
+    made = chat(tools=TOOLS, tool_choice=choice, parallel_tool_calls=is_parallel)
+    assert made.tools == Tools(functions=FUNCTIONS, parallel=is_parallel is not False, **meant)
+
+
+def test_tools_that_are_not_to_be_called_are_not_shown() -> None:
+    """Nor are none."""
+    assert chat(tools=TOOLS, tool_choice="none") == chat(tools=[], tool_choice="auto") == chat(tools=None) == chat()
+
+
+@pytest.mark.parametrize(
+    ("changes", "param"),
+    [
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "fly"}}}, "tool_choice"),
+        ({"tools": [{"type": "custom"}]}, "tools[0].type"),
+        ({"tools": [*TOOLS, {"type": "function"}]}, "tools[2].function"),
+        ({"top_logprobs": 3}, "top_logprobs"),
+        ({"messages": [{"role": "user"}]}, "messages[0].content"),
+        ({"messages": [{"role": "assistant", "content": None, "tool_calls": []}]}, "messages[0].content"),
+        ({"messages": [{"role": "tool", "content": "4"}]}, "messages[0].tool_call_id"),
+        ({"messages": [{"role": "user", "content": "x", "tool_call_id": "a1"}]}, "messages[0].tool_call_id"),
+        ({"messages": [{"role": "user", "content": "x", "tool_calls": [CALL]}]}, "messages[0].tool_calls"),
+        ({"messages": [{"role": "user", "content": "x", "name": "me"}]}, "messages[0].name"),
+    ],
+)
+def test_what_contradicts_itself_about_tools_is_refused(changes: dict[str, Any], param: str) -> None:
+    """With its place."""
+    error = refusal(OpenAiChatRequest, CHAT | changes)
+    assert error.param == param
+    assert f"`{param}`" in error.message
+
+
+@pytest.mark.parametrize("arguments", ["[1]", "{", "x", "{}{}", "1" * 5000, '{"a":' * 5000, '"\\ud800"', '{"a": NaN}'])
+def test_arguments_that_are_no_object_are_refused(arguments: str) -> None:
+    """Whatever they are instead, and however deep."""
+    call = {**CALL, "function": {"name": "look", "arguments": arguments}}
+    error = refusal(OpenAiChatRequest, CHAT | {"messages": [{"role": "assistant", "tool_calls": [call]}]})
+    assert error.param == "messages[0].tool_calls[0].function.arguments"
+
+
+def test_calls_and_what_came_of_them_are_messages() -> None:
+    """An answer of ours may go back as it came, and an empty text is no arguments."""
+    answer = {"role": "assistant", "content": None, "refusal": None, "tool_calls": [CALL]}
+    bare = {"role": "assistant", "tool_calls": [{"id": "a2", "function": {"name": "wait", "arguments": ""}}]}
+    result = {"role": "tool", "tool_call_id": "a1", "name": "look", "content": [{"type": "text", "text": "a fox"}]}
+    made = chat(messages=[USER, answer, result, bare])
+    assert made.messages is not None
+    assert made.messages[1:] == [
+        ChatMessage(
+            role=ChatRole.ASSISTANT, content="", tool_calls=[ToolCall(id="a1", name="look", arguments={"a": 1})]
+        ),
+        ChatMessage(role=ChatRole.TOOL, content="a fox", tool_call_id="a1"),
+        ChatMessage(role=ChatRole.ASSISTANT, content="", tool_calls=[ToolCall(id="a2", name="wait", arguments={})]),
+    ]
+
+
+def test_likelihoods_are_asked_for() -> None:
+    """Of a chat by two fields, of a completion by one."""
+    assert [chat(logprobs=True).logprobs, chat(logprobs=True, top_logprobs=5).logprobs] == [0, 5]
+    assert chat(logprobs=False, top_logprobs=0) == chat()
+    assert [task(OpenAiCompletionRequest, COMPLETION | {"logprobs": n}).logprobs for n in (None, 0, 20)] == [
+        None,
+        0,
+        20,
+    ]

@@ -78,19 +78,50 @@ async def test_a_plugin_is_told_what_the_lists_say() -> None:
 
 
 @on_sockets
-async def test_a_plugin_replaces_the_lists_but_not_the_addresses() -> None:
-    """Allow lets through what a list denies; a private address stays private."""
+async def test_a_plugin_replaces_allow_and_default_but_not_the_addresses() -> None:
+    """Allow lets through what no list allows; a private address stays private."""
     async with a_machine({"/": ok()}) as machine:
         allowing = plugged(lambda request: Allow("I know it"))
-        door = a_door({"files.example": [["127.0.0.1"]]}, deny=["files.example"], plugins=allowing)
+        door = a_door({"files.example": [["127.0.0.1"]]}, default="deny", plugins=allowing)
         await got(door, f"http://files.example:{machine.port}/")
         assert door.rules == ["plugin"]
         assert (await denied(door, "http://127.0.0.2/")).policy_label == "address"
 
 
 @on_sockets
+@pytest.mark.parametrize("entry", ["files.example", "*.example", "*", "127.0.0.1", "127.0.0.0/8"])
+async def test_no_plugin_lifts_an_entry_of_deny(entry: str) -> None:
+    """By name it is denied before a name server is asked; by address as soon as the addresses are known."""
+    door = a_door(
+        {"files.example": [["127.0.0.1"]]}, deny=[entry], plugins=plugged(lambda request: Allow("I know better"))
+    )
+    assert (await denied(door, "http://files.example/")).policy_label == "deny[0]"
+    assert door.names.asked == ([] if "1" not in entry else ["files.example"])
+
+
+@on_sockets
+async def test_a_rewritten_request_is_put_to_the_plugins_again() -> None:
+    """They may veto where another one leads; no second rewrite and no Allow counts."""
+
+    def careful(request: OutboundRequest) -> Any:
+        return Deny("not there") if request.host == "mirror.example" else None
+
+    def to(host: str) -> Callable[[OutboundRequest], Any]:
+        return lambda request: Rewrite(f"http://{host}/", "there")
+
+    door = a_door(plugins=plugged(to("mirror.example"), careful))
+    assert "not there" in (await denied(door, "http://a.example/")).message
+    for answer in (to("127.0.0.1"), lambda request: Allow("yes")):
+        once = plugged(
+            lambda r, answer=answer: answer(r) if r.host == "b.example" else Rewrite("http://b.example/", "b")
+        )
+        door = a_door(allow=[], default="deny", plugins=once)
+        assert (await denied(door, "http://a.example/")).policy_label == "default"
+
+
+@on_sockets
 async def test_a_rewrite() -> None:
-    """To a mirror, which the lists judge; no plugin is asked about it, and secrets for the first host stay behind."""
+    """To a mirror, which the lists judge; secrets for the first host stay behind."""
     async with a_machine({"/b": ok(b"mirrored")}) as machine:
         mirror = plugged(lambda request: Rewrite(request.url.replace("http://a.example", machine.url), "the mirror"))
         door = a_door(plugins=mirror)

@@ -21,21 +21,32 @@ from starlette.types import Receive, Scope, Send
 
 from llama_orch.api.app import build_app
 from llama_orch.clock import SystemClock
-from llama_orch.contract.config import Settings
+from llama_orch.contract.config import OpenaiServerSettings, OutboundSettings, Settings
 from llama_orch.devices.inventory import discover
 from llama_orch.engines.llamacpp import LlamaCppEngine
+from llama_orch.engines.remote.engine import RemoteEngine
 from llama_orch.engines.simulated import ServiceModel, SimulatedEngine, SimulatedWorker
 from llama_orch.models.digest import Digests
+from llama_orch.outbound.door import Outbound
 from llama_orch.outbound.plugins import OutboundRequest, Plugins, Rewrite, hookimpl
+from llama_orch.policy.rules import Rules
+from llama_orch.runtime.fetches import Fetches
+from llama_orch.runtime.hashing import examine_with
+from llama_orch.runtime.library import FileLibrary, RemoteLibrary
 from llama_orch.runtime.orchestrator import Orchestrator
 from llama_orch.runtime.plan import make_plan
 from llama_orch.runtime.wiring import wire
 from llama_orch.stores.artifacts import ArtifactStore
 from llama_orch.stores.database import Database
 from tests.api.harness import serving_app
+from tests.engines.remote.upstream import MODEL as REMOTE_MODEL
+from tests.engines.remote.upstream import upstream_beside
+from tests.hub import a_hub
 from tests.live.client import until
 from tests.live.elsewhere import elsewhere
+from tests.live.models import ref
 from tests.pact.exchange import TOKEN
+from tests.tool_models import a_tool_model
 
 T = TypeVar("T")
 
@@ -45,10 +56,10 @@ GIB = 2**30
 
 @dataclass(frozen=True, slots=True)
 class Installation:
-    """One pool, `default`, with `builtin:tiny` and one slot, on one device. `load_s` and `load_error` are of the
-    simulated engine."""
+    """One pool, `default`, with `builtin:tiny` and one slot, on one device; or with a model of the server `upstream`,
+    on engine openai. `load_s` and `load_error` are of the simulated engine."""
 
-    engine: Literal["simulated", "llamacpp"] = "simulated"
+    engine: Literal["simulated", "llamacpp", "openai"] = "simulated"
     ctx: int = 2048
     capacity: int = 64
     full_policy: Literal["reject", "drop-lru"] = "reject"
@@ -56,19 +67,33 @@ class Installation:
     load_error: str | None = None
     budget_tokens: int | None = None  # of a session
     max_turns: int = 8
+    knows_tools: bool = False  # its model is the built-in one with another template, as `default`
     reaches: str | None = None  # the URL of a machine that it may call, and calls for any URL of files.example
+    hub: str | None = None  # the URL of a hub, which tasks have their models fetched from
+    is_hub_open: bool = True  # to the outbound policy
+    upstream: str | None = None  # the base URL of a server elsewhere
 
     @property
-    def settings(self) -> Settings:
-        """Checked like a configuration file."""
+    def servers(self) -> list[OpenaiServerSettings]:
+        url = self.upstream
+        return [] if url is None else [OpenaiServerSettings(name="box", base_url=url, max_concurrency=1)]
+
+    def settings(self, folder: Path) -> Settings:
+        """Checked like a configuration file. `folder`: for files of models."""
         queue = {"capacity": self.capacity, "full_policy": self.full_policy}
-        pool = {"engine": self.engine, "slots": 1, "ctx": self.ctx, "queue": queue}
+        pool: dict[str, Any] = {"engine": self.engine, "slots": 1, "ctx": self.ctx, "queue": queue}
+        if self.knows_tools:
+            pool["model"] = ref(a_tool_model(folder / "tools.gguf"))
+        if self.upstream is not None:
+            pool = {"engine": self.engine, "model": f"openai:box/{REMOTE_MODEL}", "queue": queue}
         simulated = {"id": "gpu0", "backend": "simulated", "vram_bytes": 24 * GIB}
         device = simulated if self.engine == "simulated" else {"id": "cpu", "backend": "cpu"}
         budgets = {"mode": "off" if self.budget_tokens is None else "enforce", "tokens": self.budget_tokens}
         sessions = {"max_turns": self.max_turns, "budgets": budgets}
         policy = {"outbound": {"allow": [] if self.reaches is None else [self.reaches.removeprefix("http://")]}}
-        parts = {"devices": [device], "pools": [pool], "sessions": sessions, "policy": policy}
+        on_demand = {"fetch": self.hub is not None}
+        parts: dict[str, Any] = {"devices": [device], "pools": [pool], "sessions": sessions, "policy": policy}
+        parts["on_demand"] = on_demand
         return msgspec.convert(parts, Settings)
 
     @property
@@ -78,7 +103,9 @@ class Installation:
             plugins.register(_Mirror(self.reaches), "mirror")
         return plugins
 
-    def build_engine(self) -> SimulatedEngine | LlamaCppEngine:
+    def build_engine(self) -> SimulatedEngine | LlamaCppEngine | RemoteEngine:
+        if self.engine == "openai":
+            return RemoteEngine(self.servers)
         if self.engine == "llamacpp":
             return LlamaCppEngine()
         model = ServiceModel(load_s=self.load_s, prefill_s_per_token=0.0, decode_s_per_token=0.002)
@@ -102,7 +129,7 @@ class _Service:
     """One installation at work."""
 
     installation: Installation
-    engine: SimulatedEngine | LlamaCppEngine
+    engine: SimulatedEngine | LlamaCppEngine | RemoteEngine
     orchestrator: Orchestrator
     artifacts: ArtifactStore
     app: Any
@@ -113,9 +140,11 @@ class Stage:
     """What provider states act on. Its methods are called from the verifier's threads; the services live in the
     server's."""
 
-    def __init__(self, folder: Path, there: str) -> None:
+    def __init__(self, folder: Path, there: str, hub: str, upstream: str) -> None:
         self._folder = folder
+        self.hub = hub  # a machine that has models, and keeps them back
         self.there = there  # another machine
+        self.upstream = upstream  # a server of OpenAI's API
         self._digests = Digests(folder / "digests.json")
         self._is_up = Event()
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -192,14 +221,19 @@ class Stage:
         return self._service
 
     async def _start(self, installation: Installation) -> None:
-        settings, engine = installation.settings, installation.build_engine()
-        engines, sources = {installation.engine: engine}, discover(settings.devices, lambda uuids: False)
-        plan = make_plan(settings, engines, sources)
         clock, home = SystemClock(), Path(tempfile.mkdtemp(dir=self._folder))
+        settings, engine = installation.settings(home), installation.build_engine()
+        engines, sources = {installation.engine: engine}, discover(settings.devices, lambda uuids: False)
+        plan = make_plan(settings, engines, sources, RemoteLibrary(installation.servers, FileLibrary()))
         artifacts = ArtifactStore(Database(home / "state.sqlite3"), home / "artifacts", clock.wall)
         orchestrator, service = wire(
             settings, engines, plan, self._digest, clock, artifacts=artifacts, plugins=installation.plugins
         )
+        if installation.hub is not None:
+            rules = Rules.of(OutboundSettings(allow_private_addresses=installation.is_hub_open))
+            outbound, env = Outbound(rules, lambda _: None), {"HF_ENDPOINT": installation.hub}
+            catalog, examine = orchestrator.catalog, examine_with(self._digest)
+            catalog.fetches = Fetches(home / "models", outbound, examine, catalog, clock.wall, env)
         app = build_app(service, token=TOKEN, settings=settings)
         running = asyncio.create_task(orchestrator.run())
         self._service = _Service(installation, engine, orchestrator, artifacts, app, running)
@@ -245,8 +279,13 @@ class Stage:
 @contextmanager
 def a_stage() -> Iterator[Stage]:
     """The socket, with nothing behind it yet; `http.base_url` of the stage is its address."""
-    with tempfile.TemporaryDirectory(prefix="llorch-pact-") as folder, elsewhere() as (there, _):
-        stage = Stage(Path(folder), there)
+    with (
+        tempfile.TemporaryDirectory(prefix="llorch-pact-") as folder,
+        elsewhere() as (there, _),
+        a_hub(b"GGUF" * 1000, hold_after=1000) as hub,
+        upstream_beside() as upstream,
+    ):
+        stage = Stage(Path(folder), there, hub.url, upstream.url)
         with serving_app(stage) as port, stage.http:
             stage.wait_until_up(port)
             yield stage

@@ -38,6 +38,18 @@ def an_idle_pool_on_llamacpp(stage: Stage, ctx: int = 2048) -> None:
 
 
 @state
+def an_idle_pool_that_knows_tools(stage: Stage) -> None:
+    """Likewise, of the model with a chat template that has tools as Qwen's has them."""
+    stage.raise_service(Installation(engine="llamacpp", knows_tools=True))
+
+
+@state
+def an_idle_pool_on_a_server_elsewhere(stage: Stage) -> None:
+    """The pool's model is `openai:box/org/model`, of a server that was reached and has nothing to do."""
+    stage.raise_service(Installation(engine="openai", upstream=stage.upstream))
+
+
+@state
 def a_session(stage: Stage, session_id: str, budget_tokens: int | None = None, max_turns: int = 8) -> None:
     """A task of it has ended. `budget_tokens`: what its tasks may use together, enforced; `max_turns`: how many."""
     stage.raise_service(Installation(budget_tokens=budget_tokens, max_turns=max_turns))
@@ -209,6 +221,18 @@ def another_machine(stage: Stage) -> None:
     """It answers for `http://files.example`: `/text` with a text, `/short` with less than it says, else with a
     picture."""
     stage.raise_service(Installation(reaches=stage.there))
+
+
+@state
+def a_hub_that_is_slow(stage: Stage) -> None:
+    """Tasks have their models fetched from it, and it does not come to an end."""
+    stage.raise_service(Installation(hub=stage.hub))
+
+
+@state
+def a_hub_that_may_not_be_called(stage: Stage) -> None:
+    """Tasks have their models fetched, but the outbound policy denies this hub."""
+    stage.raise_service(Installation(hub=stage.hub, is_hub_open=False))
 
 
 def _replica_states(stage: Stage) -> list[str]:

@@ -66,6 +66,7 @@ TASK_ID = "3f2b8c1e-9d5a-4c57-8a43-0c7d5b1f2e90"
 SESSION_ID = "7a1d0f3c-5b2e-4f6a-8c9d-1e2f3a4b5c6d"
 SECOND_ID = "8d0e7a52-41c6-4b0f-b3d9-6f1a2c7e5b84"
 MODEL = "builtin:tiny"
+ELSEWHERE = "openai:box/org/model"
 TASK = TaskRequest(task_id=TASK_ID, model_ref=MODEL, prompt="Once upon a time", max_tokens=8, seed=7)
 ON_LLAMACPP = msgspec.structs.replace(
     TASK, engine="llamacpp", determinism=Determinism.STRICT, sampler_profile_version="greedy-v1"
@@ -133,6 +134,29 @@ def test_nothing_is_predicted_before_anything_was_measured(exchange: Exchange) -
     with exchange.client() as client:
         verdict = client.submit(TASK)
     assert (verdict.queue_position, verdict.predicted_start_ms) == (0, None)
+
+
+FETCHED = msgspec.structs.replace(TASK, model_ref="hf:org/repo/story.gguf")
+
+
+def test_a_task_waits_for_a_model_that_is_fetched_for_it(exchange: Exchange) -> None:
+    """It is admitted with its position, and null for the start."""
+    exchange.given("a hub that is slow")
+    exchange.asks("POST", "/v1/tasks", body=FETCHED)
+    exchange.gets(202, admission(predicted_start_ms=None, pool_id=match.str("on-demand-story")))
+    with exchange.client() as client:
+        verdict = client.submit(FETCHED)
+    assert (verdict.queue_position, verdict.predicted_start_ms) == (0, None)
+
+
+def test_a_model_that_may_not_be_fetched_is_refused(exchange: Exchange) -> None:
+    """403 POLICY_DENIED, with the rule."""
+    exchange.given("a hub that may not be called")
+    exchange.asks("POST", "/v1/tasks", body=FETCHED)
+    denied = error("POLICY_DENIED", policy_label="address", details={"audit_id": uuid_text})
+    exchange.gets(403, denied)
+    with exchange.client() as client:
+        assert refusal(client, FETCHED).error.policy_label == "address"
 
 
 def test_a_start_is_predicted_from_what_was_measured(exchange: Exchange) -> None:
@@ -236,6 +260,17 @@ def test_a_schema_that_cannot_be_kept_is_refused(exchange: Exchange) -> None:
     exchange.gets(400, error("INVALID_PARAMS", message=hint, engine=match.type(None)))
     with exchange.client() as client:
         assert "'not'" in refusal(client, asked).error.message
+
+
+def test_a_strict_task_is_refused_where_the_engine_cannot_be(exchange: Exchange) -> None:
+    """400: what is asked for by name is kept or refused, also on a server elsewhere."""
+    asked = msgspec.structs.replace(ON_LLAMACPP, model_ref=ELSEWHERE, engine=None, determinism=Determinism.STRICT)
+    exchange.given("an idle pool on a server elsewhere")
+    exchange.asks("POST", "/v1/tasks", body=asked)
+    hint = match.regex("pool default does not offer `determinism` strict; leave it out", regex=r".*`determinism`.*")
+    exchange.gets(400, error("INVALID_PARAMS", message=hint, engine="openai"))
+    with exchange.client() as client:
+        assert "`determinism`" in refusal(client, asked).error.message
 
 
 def test_a_wrong_token_is_refused(exchange: Exchange) -> None:
@@ -804,6 +839,15 @@ def test_a_pool_is_read(exchange: Exchange) -> None:
         assert client.pool("default").ready
 
 
+def test_a_pool_on_a_server_elsewhere_is_read(exchange: Exchange) -> None:
+    """Nobody here knows the digest of its model."""
+    exchange.given("an idle pool on a server elsewhere")
+    exchange.asks("GET", "/v1/pools/default")
+    exchange.gets(200, POOL | {"engine": "openai", "model": ELSEWHERE, "model_digest": None})
+    with exchange.client() as client:
+        assert client.pool("default").model_digest is None
+
+
 def test_an_unknown_pool_is_not_found(exchange: Exchange) -> None:
     """404."""
     exchange.given("an idle pool")
@@ -820,6 +864,15 @@ def test_a_sound_pools_health_is_read(exchange: Exchange) -> None:
     exchange.gets(200, health({}))
     with exchange.client() as client:
         assert client.pool_health("default").ready
+
+
+def test_the_health_of_a_pool_on_a_server_elsewhere_is_read(exchange: Exchange) -> None:
+    """Its replica has no device and no memory here."""
+    exchange.given("an idle pool on a server elsewhere")
+    exchange.asks("GET", "/v1/pools/default/health")
+    exchange.gets(200, health({"devices": [], "vram_reserved_bytes": 0}))
+    with exchange.client() as client:
+        assert client.pool_health("default").replicas[0].devices == []
 
 
 def test_a_pools_health_says_why_it_cannot_load(exchange: Exchange) -> None:

@@ -192,6 +192,55 @@ def test_a_client_asks_for_what_is_not_offered(exchange: Exchange) -> None:
     assert sent(exchange, CHAT, body).json()["error"]["param"] == "tools"
 
 
+TOOLS = {
+    "tools": [{"type": "function", "function": {"name": "look", "parameters": {"type": "object", "properties": {}}}}],
+    "tool_choice": "required",
+    "parallel_tool_calls": False,
+    "max_tokens": 60,
+}
+CALL_ID = match.regex("a1b2c3d4e", regex="[0-9a-z]{9}")
+
+
+@pytest.mark.spec("HP-OAI-8")
+def test_a_client_has_a_tool_called(exchange: Exchange) -> None:
+    """The call, and that it is why the answer ended."""
+    body = {**HELLO, **TOOLS}
+    exchange.given("an idle pool that knows tools")
+    exchange.asks("POST", CHAT, body=body)
+    call = {"id": CALL_ID, "type": "function", "function": {"name": "look", "arguments": "{}"}}
+    message = {"role": "assistant", "content": None, "refusal": None, "tool_calls": [call]}
+    choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": "tool_calls"}
+    exchange.gets(200, {"choices": [choice], "usage": USAGE}, headers=TASK_HEADERS)
+    assert sent(exchange, CHAT, body).json()["choices"][0]["message"]["tool_calls"][0]["id"] == "a1b2c3d4e"
+
+
+@pytest.mark.spec("HP-OAI-8")
+def test_a_client_sends_back_what_a_tool_found(exchange: Exchange) -> None:
+    """The call as it came, then the tool's message: the answer goes on from there."""
+    call = {"id": "a1b2c3d4e", "type": "function", "function": {"name": "look", "arguments": "{}"}}
+    said = [{"role": "assistant", "content": None, "refusal": None, "tool_calls": [call]}]
+    found = [{"role": "tool", "tool_call_id": "a1b2c3d4e", "content": "a fox"}]
+    body = {**HELLO, "messages": [*HELLO["messages"], *said, *found]}  # type: ignore[misc]
+    exchange.given("an idle pool that knows tools")
+    exchange.asks("POST", CHAT, body=body)
+    message = {"role": "assistant", "content": match.str("A fox"), "refusal": None}
+    exchange.gets(200, {"choices": [{"index": 0, "message": message, "finish_reason": "length"}], "usage": USAGE})
+    assert sent(exchange, CHAT, body).json()["choices"][0]["message"]["content"] == "A fox"
+
+
+@pytest.mark.spec("HP-OAI-9")
+def test_a_client_asks_how_likely_tokens_were(exchange: Exchange) -> None:
+    """Each with its bytes, and the likeliest ones beside it."""
+    body = {**HELLO, "logprobs": True, "top_logprobs": 1}
+    exchange.given("an idle pool on llamacpp")
+    exchange.asks("POST", CHAT, body=body)
+    token = {"token": match.str("A"), "logprob": match.number(-0.5), "bytes": match.each_like(match.int(65), min=1)}
+    told = match.each_like({**token, "top_logprobs": match.each_like(token, min=1)}, min=1)
+    choice = {"index": 0, "logprobs": {"content": told, "refusal": None}, "finish_reason": "length"}
+    exchange.gets(200, {"choices": [choice], "usage": USAGE})
+    assert sent(exchange, CHAT, body).json()["choices"][0]["logprobs"]["content"][0]["token"] == "A"
+
+
 def test_a_client_has_a_wrong_key(exchange: Exchange) -> None:
     """401 in the same shape."""
     exchange.given("an idle pool")

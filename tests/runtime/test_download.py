@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import io
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +18,13 @@ from llama_orch.policy.rules import Rules
 from llama_orch.runtime import download
 from llama_orch.runtime.download import ATTEMPTS_MAX, Download, url_of
 from tests.hub import Hub, a_hub
+from tests.stores.conftest import fill, small_disk
+
+__all__ = ["fill", "small_disk"]
 
 CONTENT = bytes(range(256)) * 4096  # a MiB
 SOURCE = "hf:org/repo/folder/story.gguf"
+SYNC_BYTES = 100_000
 
 
 class Run:
@@ -47,7 +54,7 @@ class Run:
 
 @pytest.fixture(autouse=True)
 def many_notes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(download, "SYNC_BYTES", 100_000)
+    monkeypatch.setattr(download, "SYNC_BYTES", SYNC_BYTES)
 
 
 def test_a_file_comes_over_a_redirect_to_another_host(tmp_path: Path) -> None:
@@ -145,6 +152,17 @@ def test_it_is_given_up_in_the_end(tmp_path: Path) -> None:
     assert run.waits == sorted(run.waits)
 
 
+def test_who_sends_too_slowly_does_not_hold_up_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A byte now and then is no progress: it is given up in the end."""
+    monkeypatch.setattr(download, "PACE_S", 0.0)
+    monkeypatch.setattr(download, "PACE_BYTES", len(CONTENT))
+    with a_hub(CONTENT, slow_after=0) as hub:
+        run = Run(hub, tmp_path)
+        with pytest.raises(UpstreamFailed, match="too slowly"):
+            run.once()
+        assert len(hub.asked_for()) <= ATTEMPTS_MAX + 1
+
+
 def test_more_than_was_said_is_not_taken(tmp_path: Path) -> None:
     """The body has the length that its head says, whatever comes behind it."""
     with a_hub(CONTENT, faults=["more"]) as hub:
@@ -169,6 +187,58 @@ def test_what_has_no_room_is_refused_before_it_comes(tmp_path: Path, monkeypatch
         with pytest.raises(StorageUnavailable, match="no room"):
             run.once()
     assert not run.partial.exists()
+
+
+@pytest.mark.parametrize("how", ["chunked", "unsaid"])
+def test_a_file_whose_size_is_not_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
+    """It comes where its end can be told from a break, and no further than there is room."""
+    with a_hub(CONTENT, length=how) as hub:
+        run = Run(hub, tmp_path)
+        if how == "unsaid":
+            with pytest.raises(LlorchError, match="declare its size"):
+                run.once()
+        size = len(CONTENT) if how == "unsaid" else None
+        run.once(size_bytes=size)
+        assert run.partial.read_bytes() == CONTENT
+        run.partial.unlink()
+        monkeypatch.setattr(download, "FILE_BYTES_MAX", len(CONTENT) // 2)
+        with pytest.raises(StorageUnavailable, match="no room"):
+            run.once(size_bytes=size)
+    assert not run.partial.exists() or run.partial.stat().st_size <= len(CONTENT) // 2 + SYNC_BYTES
+
+
+def test_what_a_write_did_not_take_is_written_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk that has room for a part takes that part, and may have room for the rest a moment later."""
+
+    class Halves(io.FileIO):
+        def write(self, data: Any, /) -> int:
+            return super().write(bytes(data)[: max(1, len(data) // 2)])
+
+    def opened(self: Download, start: int) -> Any:
+        return Halves(os.open(self._partial, os.O_RDWR | os.O_CREAT), "r+b")
+
+    monkeypatch.setattr(Download, "_opened", opened)
+    with a_hub(CONTENT) as hub:
+        run = Run(hub, tmp_path)
+        run.once()
+    assert run.partial.read_bytes() == CONTENT
+
+
+def test_a_disk_that_gets_full_in_the_middle(
+    tmp_path: Path, small_disk: Path, fill: Callable[[Path], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was written in part counts for nothing; once there is room it is taken up, and nothing is missing."""
+    monkeypatch.setattr(download, "SPARE_BYTES", -(1 << 40))  # another program takes the room after we have looked
+    filler = fill(small_disk)
+    os.truncate(filler, filler.stat().st_size - len(CONTENT) // 2)
+    with a_hub(CONTENT) as hub:
+        run = Run(hub, small_disk)
+        with pytest.raises(OSError, match="No space left"):
+            run.once()
+        filler.unlink()
+        run.once()
+    assert run.partial.read_bytes() == CONTENT
+    assert hub.asked_for()[1] is not None
 
 
 def test_nothing_goes_past_the_outbound_policy(tmp_path: Path) -> None:

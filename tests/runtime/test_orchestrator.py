@@ -10,7 +10,7 @@ import pytest
 from msgspec import structs
 
 from llama_orch.contract.config import PoolSettings, QueueSettings, ServerSettings, TasksSettings
-from llama_orch.contract.models import Priority, TaskState
+from llama_orch.contract.models import CatalogModelRequest, Priority, TaskState
 from llama_orch.devices.inventory import Source
 from llama_orch.engines.base import WorkerLost
 from llama_orch.engines.simulated import ServiceModel
@@ -394,7 +394,7 @@ def test_ended_tasks_are_kept_for_their_time(monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.spec("HP-STR-7")
 def test_open_streams_are_bounded() -> None:
-    """One stream more than server.max_streams is refused; a closed one makes room."""
+    """One stream more than server.max_streams is refused, of tasks and of fetches; a closed one makes room, once."""
 
     async def scenario(stage: Stage) -> None:
         task_id = (await stage.service.submit(a_task(max_tokens=50))).task_id
@@ -403,6 +403,13 @@ def test_open_streams_are_bounded() -> None:
             stage.service.open_stream(task_id, -1)
         readers[0].close()
         stage.service.open_stream(task_id, -1).close()
+        await stage.service.catalog.create(CatalogModelRequest(id="tiny", source_url="builtin:tiny"))
+        fetch = stage.service.catalog.open_fetch("tiny")
+        with pytest.raises(ReplicaExhausted, match="max_streams"):
+            stage.service.catalog.open_fetch("tiny")
+        for _ in range(2):
+            fetch.close()
+        assert stage.orchestrator.streams_open == 1
 
     rehearse(scenario, server=structs.replace(ServerSettings(), max_streams=2))
 

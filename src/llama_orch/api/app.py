@@ -12,9 +12,11 @@ from starlette.types import ASGIApp
 
 from llama_orch.api.artifacts import Artifacts
 from llama_orch.api.auth import security_map
+from llama_orch.api.bodies import Bodies
 from llama_orch.api.catalog import Catalog
 from llama_orch.api.documents import Documents, merged_document
 from llama_orch.api.edge import Edge
+from llama_orch.api.lean_connexion import checked_before
 from llama_orch.api.openai import OpenAi
 from llama_orch.api.openai_run import Waiters
 from llama_orch.api.outbound import Outbound
@@ -35,6 +37,7 @@ class Api(Tasks, Sessions, Catalog, Pools, Artifacts, Outbound, System, OpenAi):
     def __init__(self, service: Service, max_streams: int) -> None:
         self._service = service
         self._waiters = Waiters(max_streams)
+        self._answers = Bodies(0, "the artifacts that are being read")
         self._clock = SystemClock()
         self._started_at = int(self._clock.wall())
 
@@ -51,10 +54,11 @@ def build_app(service: Service, *, token: str, settings: Settings, validate_resp
         "llama_orch",
         middlewares=[StrictRouting, SecurityMiddleware, RequestCheck, *response_check, LifespanMiddleware],
     )
-    app.add_api(
-        merged_document(metrics_are_open=not settings.metrics.require_token),
-        resolver=Resolver(lambda operation_id: getattr(handlers, handler_name(operation_id))),
-        security_map=security_map(token),
-        validate_responses=validate_responses,
-    )
+    with checked_before():
+        app.add_api(
+            merged_document(metrics_are_open=not settings.metrics.require_token),
+            resolver=Resolver(lambda operation_id: getattr(handlers, handler_name(operation_id))),
+            security_map=security_map(token),
+            validate_responses=validate_responses,
+        )
     return Edge(Documents(app), settings.server)

@@ -10,12 +10,13 @@ from typing import NamedTuple
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from llama_orch.api.bodies import Bodies, Body
 from llama_orch.api.hosts import AllowedHosts
 from llama_orch.api.refusals import answer, refusal
 from llama_orch.clock import new_id
 from llama_orch.context import correlation_id
 from llama_orch.contract.config import ServerSettings
-from llama_orch.errors import HeadersTooLarge, InvalidParams, PayloadTooLarge
+from llama_orch.errors import HeadersTooLarge, InvalidParams
 
 HEADERS_MAX_BYTES = 32768  # httptools has no limit of its own
 
@@ -55,7 +56,7 @@ class Head(NamedTuple):
 class Edge:
     def __init__(self, app: ASGIApp, server: ServerSettings) -> None:
         self._app = app
-        self._max_body_bytes = server.max_body_bytes
+        self._bodies = Bodies(server.max_body_bytes)
         self._hosts = AllowedHosts(server)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -69,12 +70,13 @@ class Edge:
     async def _http(self, scope: Scope, receive: Receive, send: Send) -> None:
         head = Head.of(scope)
         stamp = (b"x-correlation-id", head.correlation_id.encode("ascii"))
-        is_head, has_started = scope["method"] == "HEAD", False
+        is_head, has_started, body = scope["method"] == "HEAD", False, Body(self._bodies, receive)
 
         def stamped(message: Message) -> Awaitable[None]:  # no coroutine: streams pass here once per chunk
             nonlocal has_started
             if message["type"] == "http.response.start":
                 has_started = True
+                body.release()
                 message["headers"] = [*message["headers"], stamp]
             elif is_head:
                 message["body"] = b""
@@ -83,7 +85,7 @@ class Edge:
         token = correlation_id.set(head.correlation_id)
         try:
             self._admit(scope, head)
-            await self._app(scope, receive if head.content_length else self._limited(receive), stamped)
+            await self._app(scope, body.receive, stamped)
         except Exception as exc:
             error = refusal(exc, scope["path"])
             if error.http_status >= 500 and error is not exc:
@@ -93,6 +95,7 @@ class Edge:
                 raise  # the server closes the connection: the client sees a truncated body, not a clean end
             await answer(error, head.correlation_id, scope["path"], stamped)
         finally:
+            body.release()
             correlation_id.reset(token)
 
     def _admit(self, scope: Scope, head: Head) -> None:
@@ -102,25 +105,5 @@ class Edge:
             raise InvalidParams("send exactly one Host header")
         if head.hosts:
             self._hosts.check(head.hosts[0].decode("latin-1"))
-        if head.content_length and int(head.content_length) > self._max_body_bytes:
-            raise self._too_large()
-
-    def _too_large(self) -> PayloadTooLarge:
-        return PayloadTooLarge(
-            f"the body exceeds {self._max_body_bytes} bytes; send less, "
-            "or raise server.max_body_bytes in the configuration"
-        )
-
-    def _limited(self, receive: Receive) -> Receive:
-        """Counts a body that comes in chunks and says no length."""
-        received = 0
-
-        async def limited() -> Message:
-            nonlocal received
-            message = await receive()
-            received += len(message.get("body", b""))
-            if received > self._max_body_bytes:
-                raise self._too_large()
-            return message
-
-        return limited
+        if head.content_length and int(head.content_length) > self._bodies.max_body_bytes:
+            raise self._bodies.too_large()

@@ -16,6 +16,7 @@ NAME_MAX_CHARS = 64  # difflib is quadratic, and names come from outside
 
 _parts = re.compile(r"(.*?)(?: - at `(?:key` in `)?(\$.*)`)?", re.DOTALL).fullmatch
 _unknown_field = re.compile(r"Object contains unknown field `(.*)`", re.DOTALL).fullmatch
+_pattern = re.compile(r"Expected `str` matching regex '(.*?)(?:\(\?!\\\\n\))?'", re.DOTALL).fullmatch
 _steps = re.compile(r"\.(\w+)|\[").finditer
 
 
@@ -25,6 +26,10 @@ def nearest(name: str, known: Iterable[str]) -> str:
     if close := difflib.get_close_matches(name[:NAME_MAX_CHARS], names, n=1):
         return f"did you mean `{close[0]}`?"
     return f"known: {', '.join(names) or 'none'}"
+
+
+# The contract's patterns, by what only they have.
+PATTERNS = {"[0-9a-fA-F]{8}": "must be a UUID", "[A-Za-z0-9_-]*": "may have letters, digits, `_` and `-` only"}
 
 
 def body_problem(exc: ValidationError, body_type: Any) -> str:
@@ -48,8 +53,8 @@ def _problem(exc: ValidationError, root: Any) -> str:
     match = _parts(str(exc))
     reason, path = (match[1], match[2]) if match else (str(exc), None)
     nodes = _at(root, path or "$")
-    if "matching regex" in reason:  # the contract's one pattern
-        reason = "must be a UUID"
+    if found := _pattern(reason):
+        reason = next((words for pattern, words in PATTERNS.items() if pattern in found[1]), f"must match {found[1]}")
     elif found := _unknown_field(reason):
         names = [field.encode_name for node in nodes if isinstance(node, inspect.StructType) for field in node.fields]
         reason = f"unknown field `{found[1][:NAME_MAX_CHARS]}`; {nearest(found[1], names)}"

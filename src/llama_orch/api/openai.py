@@ -116,7 +116,7 @@ class OpenAi:
         is_base64 = body.encoding_format == "base64"
         return WholeAnswer(
             Run(self._service, request, self._waiters),
-            lambda text, end: embeddings_answer(subject, end, is_base64=is_base64),
+            lambda _, end: embeddings_answer(subject, end, is_base64=is_base64),
         )
 
     def _subject(self, model: str) -> Subject:

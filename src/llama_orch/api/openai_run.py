@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 import msgspec
@@ -196,7 +196,7 @@ class _ClientGone(Exception):
 class WholeAnswer:
     """An ASGI response: everything at once, when the task has ended. `put` makes the body."""
 
-    def __init__(self, run: Run, put: Callable[[str, EndFrame], Struct]) -> None:
+    def __init__(self, run: Run, put: Callable[[Sequence[TokenFrame], EndFrame], Struct]) -> None:
         self._run = run
         self._put = put
 
@@ -228,13 +228,13 @@ class WholeAnswer:
             return error
 
     async def _read(self) -> Struct:
-        texts: list[str] = []
+        answer: list[TokenFrame] = []
         while (frames := await self._run.frames()) is not None:
             for frame in frames:
                 if isinstance(frame, TokenFrame):
-                    texts.append(frame.t)
+                    answer.append(frame)
                 elif isinstance(frame, EndFrame):
-                    return self._put("".join(texts), frame)
+                    return self._put(answer, frame)
                 elif isinstance(frame, Error):
                     raise TaskEnded(frame, self._run.task_id)
         raise RuntimeError(f"the stream of task {self._run.task_id} has no last frame")

@@ -110,7 +110,14 @@ def _print_health(health: PoolHealth) -> None:
 
 def _row(replica: Replica) -> tuple[object, ...]:
     counts = (replica.slots_busy, replica.slots_total, replica.restarts)
-    return (replica.id, replica.devices, replica.state, *counts, size(replica.vram_reserved_bytes), replica.last_error)
+    return (
+        replica.id,
+        replica.devices or "elsewhere",
+        replica.state,
+        *counts,
+        size(replica.vram_reserved_bytes),
+        replica.last_error,
+    )
 
 
 @app.command()

@@ -48,8 +48,9 @@ def run(
     seed: Annotated[int | None, typer.Option(min=0, help="Seed; default: chosen and shown at the end.")] = None,
     priority: Annotated[Priority, typer.Option(help="Place in the queue.")] = Priority.INTERACTIVE,
     determinism: Annotated[
-        Determinism, typer.Option(help="strict: the same bytes for the same request.")
-    ] = Determinism.STRICT,
+        Determinism | None,
+        typer.Option(help="strict: the same bytes for the same request; the default wherever the engine can."),
+    ] = None,
     chat: Annotated[bool, typer.Option("--chat", help="Send the prompt as a chat message.")] = False,
     session: Annotated[str | None, typer.Option(metavar="UUID", help="Session of the task.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the frames as lines of JSON.")] = False,
@@ -72,9 +73,9 @@ def run(
         "max_tokens": max_tokens,
         "seed": seed,
         "priority": priority,
-        "determinism": determinism,
         "session_id": session,
     }
+    fields |= {} if determinism is None else {"determinism": determinism}
     fields |= {"messages": [{"role": "user", "content": text}]} if chat else {"prompt": text}
     _request(fields, model or _BUILTIN_MODEL)  # a usage error is one before a server is started
     with _signals_interrupt(), _service(os.environ) as client:

@@ -42,11 +42,33 @@ class CtransformersSettings(Struct, kw_only=True, frozen=True, forbid_unknown_fi
     """The ctransformers engine has no settings."""
 
 
+class OpenaiServerSettings(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
+    """One server."""
+
+    name: Annotated[str, Meta(pattern='^[A-Za-z0-9._-]{1,64}$(?!\\n)')]
+    base_url: Annotated[str, Meta(min_length=1, max_length=2048)]  # What its clients are given, as in `http://10.0.0.7:8000/v1`.
+    api_key_file: str | None = None  # Path of a file with the key and nothing else, which only you can read (mode 0600).
+    max_concurrency: Annotated[int, Meta(ge=1, le=1024)] | None = None  # Requests at a time, the slots of each of its pools. null: what the server tells, else 8.
+    ctx: Annotated[int, Meta(ge=64, le=16777216)] | None = None  # Tokens of context per request. null: what the server tells, else 4096.
+    workload: Literal['completion', 'embedding'] = 'completion'  # What its models are for. A server that does both is named twice.
+    json_schema: bool | None = None  # Whether it keeps a `response_format` of type `json_schema`. null: known of llama-server, vLLM and SGLang, else no.
+    health_interval_ms: Annotated[int, Meta(ge=100, le=3600000)] = 5000  # Between two looks at its health.
+    connect_timeout_ms: Annotated[int, Meta(ge=100, le=600000)] = 5000  # For a connection, and for an answer about its health.
+    busy_timeout_ms: Annotated[int, Meta(ge=0, le=86400000)] = 60000  # How long a task waits in all for a server that says that it is busy (429, 503).
+
+
+class OpenaiSettings(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
+    """Servers elsewhere that speak OpenAI's API."""
+
+    servers: Annotated[list[OpenaiServerSettings], Meta(max_length=64)] = field(default_factory=lambda: [])  # A pool of engine `openai` names one of them, and a model of it, as `openai:NAME/MODEL`.
+
+
 class EnginesSettings(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
     """How engines are started."""
 
     llamacpp: LlamacppSettings = field(default_factory=LlamacppSettings)  # The llama.cpp engine.
     ctransformers: CtransformersSettings = field(default_factory=CtransformersSettings)  # The ctransformers engine has no settings.
+    openai: OpenaiSettings = field(default_factory=OpenaiSettings)  # Servers elsewhere that speak OpenAI's API.
 
 
 class QueueSettings(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
@@ -61,7 +83,7 @@ class PoolSettings(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True
 
     id: Annotated[str, Meta(pattern='^[A-Za-z0-9._-]{1,64}$(?!\\n)')] = 'default'
     engine: Annotated[str, Meta(min_length=1, max_length=64)] = 'llamacpp'
-    model: Annotated[str, Meta(min_length=1, max_length=1024)] = 'builtin:tiny'  # `builtin:tiny`, `file:` and the path of a GGUF file, or the id or digest of a model of the catalog.
+    model: Annotated[str, Meta(min_length=1, max_length=1024)] = 'builtin:tiny'  # `builtin:tiny`, `file:` and the path of a GGUF file, the id or digest of a model of the catalog, or `openai:SERVER/MODEL` with engine `openai`.
     devices: Literal['auto'] | Annotated[list[Annotated[str, Meta(min_length=1)]], Meta(min_length=1)] = 'auto'  # `auto`, or the ids of the devices that the pool may use, one replica on each.
     replicas: Literal['auto'] | Annotated[int, Meta(ge=1, le=64)] = 'auto'  # `auto`: one on each device that can hold it, with as many slots as fit, up to `slots`; or a count, spread over the devices.
     slots: Annotated[int, Meta(ge=1, le=64)] = 4  # Sequences per replica.
@@ -74,9 +96,10 @@ class PoolSettings(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True
 
 
 class OnDemandSettings(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
-    """Loading of models that no pool serves."""
+    """Loading, and fetching, of models that no pool serves."""
 
     enabled: bool = True
+    fetch: bool = False  # Whether a task that names a model from elsewhere (`hf:…`, `https:…`, or an entry with such a source) has it fetched. Off: somebody fetches it first.
     slots: Annotated[int, Meta(ge=1, le=64)] = 4  # Sequences per replica.
     keep_alive_ms: Annotated[int, Meta(ge=0, le=9223372036854775807)] = 900000  # Unload after this long without a task.
     min_residency_ms: Annotated[int, Meta(ge=0, le=9223372036854775807)] = 30000  # How long a model stays at least, whoever waits for its room.
@@ -169,7 +192,7 @@ class Settings(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
     devices: Literal['auto'] | Annotated[list[DeviceSettings], Meta(min_length=1)] = 'auto'  # `auto`: the GPUs that the driver reports, else the CPU. Or a list.
     engines: EnginesSettings = field(default_factory=EnginesSettings)  # How engines are started.
     pools: Annotated[list[PoolSettings], Meta(min_length=1, max_length=64)] = field(default_factory=lambda: [PoolSettings()])  # The models in service.
-    on_demand: OnDemandSettings = field(default_factory=OnDemandSettings)  # Loading of models that no pool serves.
+    on_demand: OnDemandSettings = field(default_factory=OnDemandSettings)  # Loading, and fetching, of models that no pool serves.
     sampler_profiles: Annotated[dict[str, SamplerProfileSettings], Meta(min_length=1)] = field(default_factory=lambda: {'v1': SamplerProfileSettings(), 'greedy-v1': SamplerProfileSettings(temperature=0.0)})  # Named, versioned sampler settings.
     sessions: SessionsSettings = field(default_factory=SessionsSettings)  # Sessions and their budgets.
     tasks: TasksSettings = field(default_factory=TasksSettings)  # What is kept of tasks, and for how long.

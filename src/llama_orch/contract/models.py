@@ -28,7 +28,7 @@ class Priority(StrEnum):
 
 
 class Determinism(StrEnum):
-    """`strict`: the same bytes for the same request, whatever else runs."""
+    """`strict`: the same bytes for the same request, whatever else runs. When absent, `strict` where the pool's engine can be, else `best_effort`."""
 
     STRICT = 'strict'
     BEST_EFFORT = 'best_effort'
@@ -53,13 +53,48 @@ class ChatRole(StrEnum):
     SYSTEM = 'system'
     USER = 'user'
     ASSISTANT = 'assistant'
+    TOOL = 'tool'
+
+
+class ToolCall(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
+    """A call of a tool that an earlier answer had."""
+
+    id: Annotated[str, Meta(min_length=1, max_length=64, pattern='^[A-Za-z0-9_-]*$(?!\\n)')]  # As it came. Some templates take nine letters and digits only, which is what ours have.
+    name: Annotated[str, Meta(min_length=1, max_length=64, pattern='^[A-Za-z0-9_-]*$(?!\\n)')]
+    arguments: dict[str, Any]  # Nested at most 64 deep, with 4,096 values at most.
 
 
 class ChatMessage(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
     """One turn of a conversation."""
 
     role: ChatRole
-    content: Annotated[str, Meta(max_length=4000000)]
+    content: Annotated[str, Meta(max_length=4000000)]  # What was said; of a `tool`, what it found.
+    tool_calls: Annotated[list[ToolCall], Meta(min_length=1, max_length=128)] | None = None  # What an `assistant` called. Only with a model whose template knows tools.
+    tool_call_id: Annotated[str, Meta(min_length=1, max_length=64, pattern='^[A-Za-z0-9_-]*$(?!\\n)')] | None = None  # The call that a `tool` answers. Only its messages have one.
+
+
+class ToolFunction(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
+    """A function that the model may call."""
+
+    name: Annotated[str, Meta(min_length=1, max_length=64, pattern='^[A-Za-z0-9_-]*$(?!\\n)')]
+    description: Annotated[str, Meta(max_length=65536)] | None = None  # What it does; for the model.
+    parameters: dict[str, Any] | None = None  # A JSON Schema of type object that the arguments always match, unless a length limit ends the answer. What cannot be kept of a schema is refused by name. No arguments when absent.
+
+
+class ToolChoice(StrEnum):
+    """Whether tools are called: as the model likes, or in any case."""
+
+    AUTO = 'auto'
+    REQUIRED = 'required'
+
+
+class Tools(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
+    """What the model may call, by its own chat template. A call is text of the answer like any other, in the form that the template shows; the `token` frames that have it say so in `tool_calls`."""
+
+    functions: Annotated[list[ToolFunction], Meta(min_length=1, max_length=128)]  # No two of one name.
+    choice: ToolChoice = ToolChoice.AUTO
+    only: Annotated[str, Meta(min_length=1, max_length=64)] | None = None  # The name of the only function that may be called.
+    parallel: bool = True  # Whether one answer may have several calls. Some templates know one only.
 
 
 class KvHint(StrEnum):
@@ -80,7 +115,7 @@ class TaskRequest(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True)
     ctx: Annotated[int, Meta(ge=1, le=2147483647)] | None = None  # Context in tokens that must be available.
     priority: Priority = Priority.INTERACTIVE
     seed: Annotated[int, Meta(ge=0, le=9223372036854775807)] | None = None  # Chosen by the service and reported when absent.
-    determinism: Determinism = Determinism.STRICT
+    determinism: Determinism | UnsetType = UNSET
     sampler_profile_version: Annotated[str, Meta(min_length=1, max_length=64)] | None = None  # The pool's when absent.
     sampling: Sampling | UnsetType = UNSET
     prompt: Annotated[str, Meta(min_length=1, max_length=4000000)] | None = None  # Raw text, given to the model as it is. Not for workload `rerank`.
@@ -89,6 +124,8 @@ class TaskRequest(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True)
     max_tokens: Annotated[int, Meta(ge=1, le=2147483647)] | None = None  # The pool's default when absent. Only for completions.
     deadline_ms: Annotated[int, Meta(ge=1, le=31536000000)] | None = None  # From admission to the last token.
     expected_tokens: Annotated[int, Meta(ge=1, le=2147483647)] | None = None  # The client's guess of the answer's length, for predictions.
+    logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None  # Each `token` frame tells how likely its text was, and so many of the likeliest tokens at its place. Only for completions, and on engines with the feature.
+    tools: Tools | UnsetType = UNSET
     kv_hint: KvHint | None = None
     keep_transcript: bool | None = None  # Keep the finished stream, without its `metrics` frames, as a `trace` artifact with the tag `task:` and the task_id. `tasks.keep_transcripts` of the configuration when absent.
 
@@ -208,11 +245,39 @@ class StartedFrame(Struct, kw_only=True, frozen=True):
     predicted_start_ms: Annotated[int, Meta(ge=0, le=9223372036854775807)] | None
 
 
+class ToolCallPiece(Struct, kw_only=True, frozen=True):
+    """What a piece of the answer adds to a call."""
+
+    index: Annotated[int, Meta(ge=0, le=2147483647)]  # Counts the calls of the answer from 0.
+    id: Annotated[str, Meta(min_length=1)] | UnsetType = UNSET  # Nine letters and digits, in the first piece of a call alone.
+    name: Annotated[str, Meta(min_length=1)] | UnsetType = UNSET  # The function; likewise.
+    arguments: Annotated[str, Meta(min_length=1)] | UnsetType = UNSET  # What comes to the text of the arguments, which is JSON.
+
+
+class TokenChance(Struct, kw_only=True, frozen=True):
+    """How likely a token was, before the sampler had its say."""
+
+    token: str  # The text, with U+FFFD for parts of characters.
+    bytes: list[Annotated[int, Meta(ge=0, le=255)]]  # All of it.
+    logprob: float  # The natural logarithm; −9999 for what is all but impossible.
+
+
+class TokenLogprob(Struct, kw_only=True, frozen=True):
+    """How likely a piece of the answer was: one token, or those that the engine held back until their character, or what may have been a stop text, was whole."""
+
+    token: str  # The text.
+    bytes: list[Annotated[int, Meta(ge=0, le=255)]]  # The text in UTF-8.
+    logprob: float  # As with TokenChance. Of several tokens it is the sum; but of those that make one character, which the engine does not tell apart, that of the last one.
+    top: list[TokenChance]  # The likeliest tokens at the place of the last token, the likeliest first.
+
+
 class TokenFrame(Struct, kw_only=True, frozen=True):
     """A piece of the answer, whole characters only."""
 
     t: Annotated[str, Meta(min_length=1)]  # The text.
     i: Annotated[int, Meta(ge=0, le=2147483647)]  # Counts the token frames from 0, without a gap.
+    tool_calls: list[ToolCallPiece] | UnsetType = UNSET  # Where the text belongs to calls of tools: what it adds to them, which may be nothing.
+    logprobs: list[TokenLogprob] | UnsetType = UNSET  # Where `logprobs` were asked for.
 
 
 class MetricsFrame(Struct, kw_only=True, frozen=True):
@@ -245,7 +310,7 @@ class EndFrame(Struct, kw_only=True, frozen=True):
     decode_time_ms: Annotated[int, Meta(ge=0, le=9223372036854775807)]
     finish_reason: FinishReason
     seed: Annotated[int, Meta(ge=0, le=9223372036854775807)]
-    model_digest: str  # `sha256:` and the digest of the model file.
+    model_digest: str  # `sha256:` and the digest of the model file; empty of a model on a server elsewhere.
     engine: str
     engine_version: str
     sampler_profile_version: str
@@ -387,7 +452,7 @@ class Pool(Struct, kw_only=True, frozen=True):
     engine: str
     engine_version: str
     model: str
-    model_digest: str | None  # Null until the file was hashed.
+    model_digest: str | None  # Null until the file was hashed, and of a model on a server elsewhere.
     ctx: Annotated[int, Meta(ge=1, le=2147483647)]  # Tokens per slot.
     slots: Annotated[int, Meta(ge=1, le=2147483647)]  # Per replica.
     slots_total: Annotated[int, Meta(ge=0, le=2147483647)]  # On all replicas.
@@ -420,7 +485,7 @@ class ReplicaState(StrEnum):
 
 
 class Replica(Struct, kw_only=True, frozen=True):
-    """One worker process with one model, on these devices and no others."""
+    """One worker process with one model, on these devices and no others; or, without devices, a server elsewhere."""
 
     id: str
     devices: list[str]
@@ -743,7 +808,7 @@ class OpenAiError(Struct, kw_only=True, frozen=True):
 
 
 class OpenAiRole(StrEnum):
-    """Who says it. `developer` is `system`; `tool` and `function` are refused."""
+    """Who says it. `developer` is `system`; `function` is refused."""
 
     SYSTEM = 'system'
     DEVELOPER = 'developer'
@@ -760,15 +825,31 @@ class OpenAiTextPart(Struct, kw_only=True, frozen=True, forbid_unknown_fields=Tr
     text: Annotated[str, Meta(max_length=4000000)]
 
 
+class OpenAiFunctionCall(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
+    """What was called."""
+
+    name: Annotated[str, Meta(min_length=1, max_length=64, pattern='^[A-Za-z0-9_-]*$(?!\\n)')]
+    arguments: Annotated[str, Meta(max_length=1000000)]  # A JSON object, nested at most 64 deep, with 4,096 values at most.
+
+
+class OpenAiToolCall(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
+    """A call of a tool that an earlier answer had."""
+
+    id: Annotated[str, Meta(min_length=1, max_length=64, pattern='^[A-Za-z0-9_-]*$(?!\\n)')]
+    type: str | None = None  # Refused unless it is `function`.
+    function: OpenAiFunctionCall
+    index: Annotated[int, Meta(ge=0, le=2147483647)] | None = None  # Without effect: it comes from streams.
+
+
 class OpenAiMessage(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
     """One turn of a conversation. An answer of ours may be sent back as it came."""
 
     role: OpenAiRole
-    content: Annotated[list[OpenAiTextPart], Meta(min_length=1, max_length=1024)] | Annotated[str, Meta(max_length=4000000)]  # The text, or its parts, which are joined with a line break.
-    name: str | None = None  # Refused.
+    content: Annotated[list[OpenAiTextPart], Meta(min_length=1, max_length=1024)] | Annotated[str, Meta(max_length=4000000)] | None = None  # The text, or its parts, which are joined with a line break. Only with `tool_calls` it may be null or absent.
+    name: Annotated[str, Meta(max_length=64)] | None = None  # Without effect with role `tool`, whose call says the name. Refused with others.
     refusal: str | None = None  # Refused.
-    tool_call_id: str | None = None  # Refused.
-    tool_calls: list[dict[str, Any]] | None = None  # Refused unless it is empty.
+    tool_call_id: Annotated[str, Meta(min_length=1, max_length=64, pattern='^[A-Za-z0-9_-]*$(?!\\n)')] | None = None  # The call that role `tool`, which must have one, answers. Refused with others.
+    tool_calls: Annotated[list[OpenAiToolCall], Meta(max_length=128)] | None = None  # What role `assistant` called. None when empty; refused with other roles.
     function_call: dict[str, Any] | None = None  # Refused.
     audio: dict[str, Any] | None = None  # Refused.
     annotations: list[dict[str, Any]] | None = None  # Refused unless it is empty.
@@ -797,6 +878,35 @@ class OpenAiStreamOptions(Struct, kw_only=True, frozen=True, forbid_unknown_fiel
     include_obfuscation: bool | None = None  # Refused unless it is false.
 
 
+class OpenAiFunction(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
+    """A function that the model may call."""
+
+    name: Annotated[str, Meta(min_length=1, max_length=64, pattern='^[A-Za-z0-9_-]*$(?!\\n)')]
+    description: Annotated[str, Meta(max_length=65536)] | None = None  # What it does; for the model.
+    parameters: dict[str, Any] | None = None  # A JSON Schema of type object, which the arguments always match; what cannot be kept of it is refused by name. No arguments when absent.
+    strict: bool | None = None  # Without effect, since the schema is always kept.
+
+
+class OpenAiTool(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
+    """Something that the model may call."""
+
+    type: str  # Refused unless it is `function`.
+    function: OpenAiFunction | UnsetType = UNSET
+
+
+class OpenAiChosenFunction(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
+    """The function that is to be called."""
+
+    name: Annotated[str, Meta(min_length=1, max_length=64)]
+
+
+class OpenAiChosenTool(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
+    """The tool that is to be called."""
+
+    type: Literal['function']
+    function: OpenAiChosenFunction
+
+
 class OpenAiChatRequest(Struct, kw_only=True, frozen=True, forbid_unknown_fields=True):
     """What to say to whom. Fields described as refused are there to be told by name; with the values that are described as taken they change nothing."""
 
@@ -815,14 +925,14 @@ class OpenAiChatRequest(Struct, kw_only=True, frozen=True, forbid_unknown_fields
     n: Annotated[int, Meta(ge=-2147483648, le=2147483647)] | None = None  # Refused unless it is 1.
     store: bool | None = None  # Refused unless it is false.
     metadata: dict[str, str] | None = None  # Refused unless it is empty.
-    logprobs: bool | None = None  # Refused unless it is false.
-    top_logprobs: Annotated[int, Meta(ge=-2147483648, le=2147483647)] | None = None  # Refused.
+    logprobs: bool | None = None  # How likely the answer's tokens were, where the engine can tell.
+    top_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None  # So many of the likeliest tokens at each place. Only with `logprobs`.
     logit_bias: dict[str, float] | None = None  # Refused unless it is empty.
     frequency_penalty: float | None = None  # Refused unless it is 0.
     presence_penalty: float | None = None  # Refused unless it is 0.
-    tools: list[dict[str, Any]] | None = None  # Refused unless it is empty.
-    tool_choice: dict[str, Any] | str | None = None  # Refused unless it is `none`.
-    parallel_tool_calls: bool | None = None  # Without effect, since there are no tools.
+    tools: Annotated[list[OpenAiTool], Meta(max_length=128)] | None = None  # What the model may call, by its own chat template; refused where that knows no tools. None when empty.
+    tool_choice: OpenAiChosenTool | Literal['auto', 'none', 'required'] | None = None  # `auto` (default with tools), `none`, `required`, or the one function that is to be called. The latter two only with tools.
+    parallel_tool_calls: bool | None = None  # Whether one answer may have several calls; it may, unless the template knows one only.
     functions: list[dict[str, Any]] | None = None  # Refused unless it is empty.
     function_call: dict[str, Any] | str | None = None  # Refused unless it is `none`.
     modalities: list[str] | None = None  # Refused unless it is `["text"]`.
@@ -836,12 +946,52 @@ class OpenAiChatRequest(Struct, kw_only=True, frozen=True, forbid_unknown_fields
     prompt_cache_key: str | None = None  # Without effect; a session keeps its context warm.
 
 
+class OpenAiCalledFunction(Struct, kw_only=True, frozen=True):
+    """What is to be called."""
+
+    name: str
+    arguments: str  # JSON that matches the function's schema; only the beginning of it where the answer ended by its length.
+
+
+class OpenAiAnswerToolCall(Struct, kw_only=True, frozen=True):
+    """A call that the client is asked to make."""
+
+    id: str
+    type: Literal['function']
+    function: OpenAiCalledFunction
+
+
 class OpenAiAnswerMessage(Struct, kw_only=True, frozen=True):
     """The answer."""
 
     role: Literal['assistant']
-    content: str
+    content: str | None  # Null where there are calls and nothing else.
     refusal: str | None  # Always null.
+    tool_calls: Annotated[list[OpenAiAnswerToolCall], Meta(min_length=1)] | UnsetType = UNSET  # The calls, where there are some.
+
+
+class OpenAiTopLogprob(Struct, kw_only=True, frozen=True):
+    """A token that was likely at this place."""
+
+    token: str
+    logprob: float
+    bytes: list[Annotated[int, Meta(ge=0, le=255)]] | None
+
+
+class OpenAiLogprob(Struct, kw_only=True, frozen=True):
+    """How likely a token was, or several that came at once: those of one character, or of what may have been a stop text."""
+
+    token: str
+    logprob: float  # The natural logarithm, before the sampler had its say. Of several tokens it is the sum; of those that make one character, that of the last one.
+    bytes: list[Annotated[int, Meta(ge=0, le=255)]] | None  # In UTF-8; those of all tokens make the text.
+    top_logprobs: list[OpenAiTopLogprob]
+
+
+class OpenAiLogprobs(Struct, kw_only=True, frozen=True):
+    """Of the tokens of `content`; null where nobody asked."""
+
+    content: list[OpenAiLogprob] | None
+    refusal: list[OpenAiLogprob] | None  # Always null.
 
 
 class OpenAiFinish(StrEnum):
@@ -849,6 +999,7 @@ class OpenAiFinish(StrEnum):
 
     STOP = 'stop'
     LENGTH = 'length'
+    TOOL_CALLS = 'tool_calls'
 
 
 class OpenAiChatChoice(Struct, kw_only=True, frozen=True):
@@ -856,7 +1007,7 @@ class OpenAiChatChoice(Struct, kw_only=True, frozen=True):
 
     index: Annotated[int, Meta(ge=0, le=2147483647)]
     message: OpenAiAnswerMessage
-    logprobs: dict[str, Any] | None  # Always null.
+    logprobs: OpenAiLogprobs | None
     finish_reason: OpenAiFinish | None
 
 
@@ -903,10 +1054,19 @@ class OpenAiCompletionRequest(Struct, kw_only=True, frozen=True, forbid_unknown_
     best_of: Annotated[int, Meta(ge=-2147483648, le=2147483647)] | None = None  # Refused unless it is 1.
     echo: bool | None = None  # Refused unless it is false.
     suffix: str | None = None  # Refused unless it is empty.
-    logprobs: Annotated[int, Meta(ge=-2147483648, le=2147483647)] | None = None  # Refused.
+    logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None  # How likely the answer's tokens were, and so many of the likeliest ones at each place, where the engine can tell.
     logit_bias: dict[str, float] | None = None  # Refused unless it is empty.
     frequency_penalty: float | None = None  # Refused unless it is 0.
     presence_penalty: float | None = None  # Refused unless it is 0.
+
+
+class OpenAiTextLogprobs(Struct, kw_only=True, frozen=True):
+    """Of the text's tokens; null where nobody asked."""
+
+    tokens: list[str]
+    token_logprobs: list[float]
+    top_logprobs: list[dict[str, float]]  # By their texts; of several with one text, the likeliest.
+    text_offset: list[Annotated[int, Meta(ge=0, le=9223372036854775807)]]  # Where each begins in the answer's text, in characters.
 
 
 class OpenAiTextChoice(Struct, kw_only=True, frozen=True):
@@ -914,7 +1074,7 @@ class OpenAiTextChoice(Struct, kw_only=True, frozen=True):
 
     index: Annotated[int, Meta(ge=0, le=2147483647)]
     text: str
-    logprobs: dict[str, Any] | None  # Always null.
+    logprobs: OpenAiTextLogprobs | None
     finish_reason: OpenAiFinish | None
 
 
@@ -964,11 +1124,28 @@ class OpenAiEmbeddingList(Struct, kw_only=True, frozen=True):
     usage: OpenAiEmbeddingUsage
 
 
+class OpenAiFunctionPiece(Struct, kw_only=True, frozen=True):
+    """What comes to a call."""
+
+    name: str | UnsetType = UNSET  # In the first piece of a call alone.
+    arguments: str  # What comes to the text of the arguments.
+
+
+class OpenAiToolCallPiece(Struct, kw_only=True, frozen=True):
+    """What comes to one of the calls."""
+
+    index: Annotated[int, Meta(ge=0, le=2147483647)]  # Which of them.
+    id: str | UnsetType = UNSET  # In the first piece of a call alone.
+    type: Literal['function'] | UnsetType = UNSET  # Likewise.
+    function: OpenAiFunctionPiece
+
+
 class OpenAiDelta(Struct, kw_only=True, frozen=True):
     """What comes to the answer; the role in the first chunk alone."""
 
     role: Literal['assistant'] | UnsetType = UNSET
     content: str | UnsetType = UNSET
+    tool_calls: Annotated[list[OpenAiToolCallPiece], Meta(min_length=1)] | UnsetType = UNSET
 
 
 class OpenAiChatChunkChoice(Struct, kw_only=True, frozen=True):
@@ -976,7 +1153,7 @@ class OpenAiChatChunkChoice(Struct, kw_only=True, frozen=True):
 
     index: Annotated[int, Meta(ge=0, le=2147483647)]
     delta: OpenAiDelta
-    logprobs: dict[str, Any] | None  # Always null.
+    logprobs: OpenAiLogprobs | None
     finish_reason: OpenAiFinish | None
 
 

@@ -56,7 +56,7 @@ OPERATIONS: dict[str, Operation] = {
     'createTask': Operation(
         'createTask', 'data', 'POST', '/v1/tasks', TaskRequest,
         (),
-        (202, 400, 401, 403, 404, 409, 413, 415, 429, 503), is_open=False,
+        (202, 400, 401, 403, 404, 409, 413, 415, 429, 503, 507), is_open=False,
     ),
     'getCapabilities': Operation(
         'getCapabilities', 'control', 'GET', '/v1/capabilities', None,
@@ -85,7 +85,7 @@ OPERATIONS: dict[str, Operation] = {
     'createArtifact': Operation(
         'createArtifact', 'control', 'POST', '/v1/artifacts', Artifact,
         (),
-        (200, 201, 400, 401, 403, 404, 413, 415, 507), is_open=False,
+        (200, 201, 400, 401, 403, 404, 413, 415, 503, 507), is_open=False,
     ),
     'listOpenAiModels': Operation(
         'listOpenAiModels', 'openai', 'GET', '/v1/models', None,
@@ -100,7 +100,7 @@ OPERATIONS: dict[str, Operation] = {
             Parameter('X-Deadline-Ms', 'header', Annotated[int, Meta(ge=1, le=31536000000)], False, None),
             Parameter('X-Determinism', 'header', Determinism, False, None),
         ),
-        (200, 400, 401, 403, 404, 409, 413, 415, 429, 503, 504), is_open=False,
+        (200, 400, 401, 403, 404, 409, 413, 415, 429, 502, 503, 504, 507), is_open=False,
     ),
     'createEmbedding': Operation(
         'createEmbedding', 'openai', 'POST', '/v1/embeddings', OpenAiEmbeddingRequest,
@@ -110,7 +110,7 @@ OPERATIONS: dict[str, Operation] = {
             Parameter('X-Deadline-Ms', 'header', Annotated[int, Meta(ge=1, le=31536000000)], False, None),
             Parameter('X-Determinism', 'header', Determinism, False, None),
         ),
-        (200, 400, 401, 403, 404, 409, 413, 415, 429, 503, 504), is_open=False,
+        (200, 400, 401, 403, 404, 409, 413, 415, 429, 502, 503, 504, 507), is_open=False,
     ),
     'listCatalogModels': Operation(
         'listCatalogModels', 'control', 'GET', '/v1/catalog/models', None,
@@ -123,7 +123,7 @@ OPERATIONS: dict[str, Operation] = {
     'createCatalogModel': Operation(
         'createCatalogModel', 'control', 'POST', '/v1/catalog/models', CatalogModelRequest,
         (),
-        (200, 201, 400, 401, 403, 409, 413, 415, 507), is_open=False,
+        (200, 201, 400, 401, 403, 409, 413, 415, 503, 507), is_open=False,
     ),
     'fetchUrl': Operation(
         'fetchUrl', 'control', 'POST', '/v1/tools/fetch', FetchRequest,
@@ -138,7 +138,7 @@ OPERATIONS: dict[str, Operation] = {
             Parameter('X-Deadline-Ms', 'header', Annotated[int, Meta(ge=1, le=31536000000)], False, None),
             Parameter('X-Determinism', 'header', Determinism, False, None),
         ),
-        (200, 400, 401, 403, 404, 409, 413, 415, 429, 503, 504), is_open=False,
+        (200, 400, 401, 403, 404, 409, 413, 415, 429, 502, 503, 504, 507), is_open=False,
     ),
     'checkOutbound': Operation(
         'checkOutbound', 'control', 'POST', '/v1/policy/outbound/check', OutboundCheck,
@@ -171,7 +171,7 @@ OPERATIONS: dict[str, Operation] = {
         (
             Parameter('id', 'path', Annotated[str, Meta(min_length=1, max_length=64)], True, None),
         ),
-        (200, 400, 401, 403, 404), is_open=False,
+        (200, 400, 401, 403, 404, 503), is_open=False,
     ),
     'fetchCatalogModel': Operation(
         'fetchCatalogModel', 'control', 'POST', '/v1/catalog/models/{id}/fetch', None,
@@ -185,7 +185,7 @@ OPERATIONS: dict[str, Operation] = {
         (
             Parameter('id', 'path', Annotated[str, Meta(min_length=1, max_length=64)], True, None),
         ),
-        (202, 400, 401, 403, 404, 413, 415, 507), is_open=False,
+        (202, 400, 401, 403, 404, 413, 415, 503, 507), is_open=False,
     ),
     'getTask': Operation(
         'getTask', 'data', 'GET', '/v1/tasks/{id}', None,
@@ -220,7 +220,7 @@ OPERATIONS: dict[str, Operation] = {
         (
             Parameter('id', 'path', Annotated[str, Meta(min_length=1, max_length=128)], True, None),
         ),
-        (200, 400, 401, 403, 404, 507), is_open=False,
+        (200, 400, 401, 403, 404, 503, 507), is_open=False,
     ),
     'deleteArtifact': Operation(
         'deleteArtifact', 'control', 'DELETE', '/v1/artifacts/{id}', None,
@@ -262,7 +262,7 @@ OPERATIONS: dict[str, Operation] = {
         (
             Parameter('id', 'path', Annotated[str, Meta(min_length=1, max_length=64)], True, None),
         ),
-        (202, 400, 401, 403, 404, 413, 415), is_open=False,
+        (202, 400, 401, 403, 404, 413, 415, 503), is_open=False,
     ),
     'reloadPool': Operation(
         'reloadPool', 'control', 'POST', '/v1/pools/{id}/reload', ReloadRequest,

@@ -6,17 +6,20 @@ from collections.abc import Iterable, Sequence
 
 from msgspec import UNSET
 
-from llama_orch.contract.models import Sampling, TaskRequest, Workload
+from llama_orch.contract.models import Determinism, KvHint, Sampling, TaskRequest, Workload
 from llama_orch.core.gbnf import GrammarError, check_grammar
 from llama_orch.core.json_schema import json_schema_to_gbnf
 from llama_orch.core.pool import Pool, PoolSpec
 from llama_orch.core.task import Task
-from llama_orch.errors import InvalidParams, NotFound, PoolUnready
+from llama_orch.core.tooling import check_tools, fields_about_tools
+from llama_orch.errors import InvalidParams, LlorchError, NotFound, PoolUnready
+from llama_orch.policy.urls import without_query
 
 # A token covers at least one byte of text; this many more may be put around it (start of text, a leading space).
 EXTRA_TOKENS = 8
 # The longest tokens of known vocabularies are runs of 128 blanks; a text of more characters per token fits nowhere.
 TOKEN_CHARS_MAX = 256
+CHANCES_MAX = 1 << 18  # that an answer may tell: some 20 MB
 
 _FORMS: dict[Workload, tuple[str, ...]] = {
     Workload.COMPLETION: ("prompt", "inputs", "messages"),
@@ -34,15 +37,15 @@ def matching_pools(pools: Sequence[Pool], request: TaskRequest, everybody: Itera
     who of `everybody` could."""
     found = [pool for pool in pools if pool.serves(request.model_ref) and not _is_too_small(pool.spec, request)]
     if not found:
-        served = ", ".join(sorted({pool.spec.model for pool in pools}))
-        raise NotFound(f"no pool serves model {request.model_ref!r}; name one of: {served}")
+        served = ", ".join(sorted({without_query(pool.spec.model) for pool in pools}))
+        raise NotFound(f"no pool serves model {without_query(request.model_ref)!r}; name one of: {served}")
     if request.engine is not None:
         engines = sorted({pool.spec.engine for pool in found})
         found = [pool for pool in found if pool.spec.engine == request.engine]
         if not found:
             raise InvalidParams(
-                f"engine {request.engine!r} does not serve {request.model_ref!r}; leave `engine` out or name one of: "
-                + ", ".join(engines)
+                f"engine {request.engine!r} does not serve {without_query(request.model_ref)!r}; leave `engine` out or "
+                "name one of: " + ", ".join(engines)
             )
     able = [pool for pool in found if incapacity(pool.spec, request) is None]
     if not able:
@@ -50,12 +53,20 @@ def matching_pools(pools: Sequence[Pool], request: TaskRequest, everybody: Itera
     return able
 
 
-def _incapable(spec: PoolSpec, request: TaskRequest, everybody: Iterable[Pool]) -> InvalidParams:
+def _incapable(spec: PoolSpec, request: TaskRequest, everybody: Iterable[Pool]) -> LlorchError:
     """The refusal, with the pools that can where a whole workload is what is missing."""
     reason = str(incapacity(spec, request))
+    if not spec.is_known:
+        return PoolUnready(
+            f"pool {spec.pool_id} has not reached its server yet, which may not do all of this; repeat shortly",
+            engine=spec.engine,
+            retry_after_ms=1000,
+        )
     workload = request.workload.value
     if workload in spec.workloads:
-        return InvalidParams(reason, engine=spec.engine)
+        field = _lacking(spec, request)
+        is_everybodys = field is not None and not field.startswith("sampling.")  # OpenAI's API has it under this name
+        return InvalidParams(reason, engine=spec.engine, param=field if is_everybodys else None)
     others = [pool.spec for pool in everybody if workload in pool.spec.workloads]
     if others:
         advice = "; these pools can: " + ", ".join(f"{one.pool_id} ({one.engine}, {one.model})" for one in others)
@@ -76,14 +87,39 @@ def incapacity(spec: PoolSpec, request: TaskRequest) -> str | None:
         return (
             f"pool {spec.pool_id} cannot do workload {request.workload.value!r}; it does: {', '.join(spec.workloads)}"
         )
+    if (field := _lacking(spec, request)) is not None:
+        why = ""
+        if field in fields_about_tools(request):
+            why = ", since its engine, or its model's chat template, has no tools in a form that is known here"
+        return f"pool {spec.pool_id} ({spec.engine}) does not offer `{field}`{why}; leave it out"
+    if request.determinism is Determinism.STRICT and not spec.can_be_strict:
+        return (
+            f"pool {spec.pool_id} ({spec.engine}) does not offer `determinism` strict: nobody here knows what else its "
+            "server runs; leave it out, or ask for best_effort"
+        )
+    return None
+
+
+def _lacking(spec: PoolSpec, request: TaskRequest) -> str | None:
+    """The field of the request that the pool has no feature for."""
     asked = [("messages", "chat")] if request.messages is not None else []
+    asked += [("logprobs", "logprobs")] if request.logprobs is not None else []
+    asked += [(field, "tools") for field in fields_about_tools(request)]
     if request.sampling is not UNSET:
         names = ("min_p", "json_schema", "grammar")  # each a feature of that name
         asked += [(f"sampling.{name}", name) for name in names if getattr(request.sampling, name) is not None]
-    for field, feature in asked:
-        if feature not in spec.features:
-            return f"pool {spec.pool_id} ({spec.engine}) does not offer `{field}`; leave it out"
-    return None
+    lacking = [field for field, feature in asked if feature not in spec.features]
+    lacking += [name for name in spec.lacks if _asks_for(request, name)]
+    return lacking[0] if lacking else None
+
+
+def _asks_for(request: TaskRequest, field: str) -> bool:
+    """Whether the request has the field; of `kv_hint`, the one value that takes an engine's doing."""
+    if field == "kv_hint":
+        return request.kv_hint is KvHint.COLD
+    section, _, name = field.partition(".")
+    own = getattr(request, section)
+    return own is not UNSET and getattr(own, name) is not None
 
 
 def writes(request: TaskRequest) -> bool:
@@ -118,7 +154,7 @@ def _check_fields(request: TaskRequest) -> None:
     if request.workload is Workload.RERANK and len(request.inputs or ()) < 2:
         raise InvalidParams("`inputs` of workload 'rerank' are a query and at least one document; give two or more")
     if not writes(request):
-        useless = [name for name in ("max_tokens", "expected_tokens") if getattr(request, name) is not None]
+        useless = [name for name in ("max_tokens", "expected_tokens", "logprobs") if getattr(request, name) is not None]
         useless += ["sampling"] if request.sampling is not UNSET else []
         if useless:
             raise InvalidParams(
@@ -128,6 +164,7 @@ def _check_fields(request: TaskRequest) -> None:
     own = request.sampling
     if own is not UNSET and own.json_schema is not None and own.grammar is not None:
         raise InvalidParams("give one of `sampling.json_schema` and `sampling.grammar`, not both")
+    check_tools(request)
 
 
 def is_constrained(request: TaskRequest) -> bool:
@@ -152,6 +189,7 @@ def grammar_of(sampling: Sampling) -> str:
 def check_size(request: TaskRequest, spec: PoolSpec) -> None:
     """Refuse texts that cannot fit whatever the tokenizer makes of them, before anybody counts."""
     texts = [request.prompt or "", *(request.inputs or ()), *(m.content for m in request.messages or ())]
+    texts += [function.description or "" for function in (() if request.tools is UNSET else request.tools.functions)]
     longest = max(len(text) for text in texts)
     if longest > spec.ctx * TOKEN_CHARS_MAX:
         raise InvalidParams(
@@ -167,6 +205,13 @@ def evaluations(request: TaskRequest, counts: Sequence[int]) -> list[int]:
     if request.workload is Workload.RERANK:
         return [counts[0] + count for count in counts[1:]]
     return list(counts)
+
+
+def texts(request: TaskRequest) -> Sequence[str]:
+    """The prompts that need no template; none for `messages`."""
+    if request.prompt is not None:
+        return [request.prompt]
+    return request.inputs or []
 
 
 def token_bound(text: str) -> int:
@@ -221,6 +266,34 @@ def check_bounds(request: TaskRequest, spec: PoolSpec, token_bounds: Sequence[in
     return max_tokens
 
 
+def refusal_after_all(request: TaskRequest, spec: PoolSpec, bounds: Sequence[int]) -> InvalidParams | None:
+    """Why a task that was admitted before anything was known of its model cannot run on it. `bounds`: of its prompts,
+    in tokens."""
+    if request.engine not in (None, spec.engine):
+        return InvalidParams(f"the model is served by engine {spec.engine}; leave `engine` out", engine=spec.engine)
+    if (reason := incapacity(spec, request)) is not None:
+        return InvalidParams(reason, engine=spec.engine)
+    asked = request.max_tokens or 0 if writes(request) else 0
+    needed = max(request.ctx or 0, max(bounds, default=0) + asked)
+    if needed > spec.ctx:
+        return InvalidParams(
+            f"the model has a context of {spec.ctx} tokens, and the task may need {needed}; ask for less",
+            engine=spec.engine,
+            details={"ctx": needed, "pool_ctx": spec.ctx},
+        )
+    return None
+
+
+def _check_chances(request: TaskRequest, tokens: int) -> None:
+    """The stream keeps what it tells of each token until the task is forgotten."""
+    if request.logprobs is not None and tokens * (request.logprobs + 1) > CHANCES_MAX:
+        raise InvalidParams(
+            f"`logprobs` {request.logprobs} of {tokens} tokens are more than {CHANCES_MAX} likelihoods; ask for fewer "
+            "of either",
+            param="logprobs",
+        )
+
+
 def task_of(
     request: TaskRequest,
     pool: Pool,
@@ -235,13 +308,15 @@ def task_of(
 ) -> Task:
     """The task that the request would be; a refusal where its lengths do not fit the pool."""
     check = check_lengths if are_tokens_exact else check_bounds
+    max_tokens = check(request, pool.spec, prompt_tokens)
+    _check_chances(request, max_tokens * len(prompt_tokens))
     return Task(
         request=request,
         task_id=task_id,
         number=number,
         pool=pool,
         seed=seed,
-        max_tokens=check(request, pool.spec, prompt_tokens),
+        max_tokens=max_tokens,
         correlation_id=correlation_id,
         created_s=now,
         deadline_s=None if request.deadline_ms is None else now + request.deadline_ms / 1000,

@@ -7,14 +7,14 @@ never unloaded; what leaves keeps its memory in the ledger until it was seen to 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from llama_orch.contract.models import ReplicaState
 from llama_orch.core import residency
 from llama_orch.core.effects import Condemn, Dispose, Effect, Load, Unload
 from llama_orch.core.ledger import Device, Ledger
 from llama_orch.core.planner import Planner, loadable
-from llama_orch.core.pool import Pool
+from llama_orch.core.pool import Pool, PoolSpec
 from llama_orch.core.prediction import Predictor
 from llama_orch.core.replica import Replica
 from llama_orch.core.residency import Holder
@@ -68,6 +68,19 @@ class Fleet:
         self.pools.setdefault(pool.spec.pool_id, pool)
         self.replicas |= pool.replicas
         self._owners |= dict.fromkeys(pool.replicas, pool)
+
+    def arrive(self, pool: Pool, spec: PoolSpec, replicas: Mapping[str, Replica]) -> None:
+        """The file of a pool's model is there: these are its replicas."""
+        pool.spec, pool.is_arriving, pool.arrival_s = spec, False, None
+        pool.replicas.update(replicas)
+        self.replicas |= pool.replicas
+        self._owners |= dict.fromkeys(replicas, pool)
+
+    def forget_arriving(self, pool: Pool) -> None:
+        """Its model does not come. Nobody waits for it any more."""
+        pool.is_arriving = False
+        if self.pools.get(pool.spec.pool_id) is pool and pool.spec.pool_id not in self.coming:
+            del self.pools[pool.spec.pool_id]
 
     def dispose(self, pool: Pool) -> None:
         """Forget the replicas of a pool that nothing runs on."""

@@ -11,18 +11,16 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from llama_orch.core.gbnf import REPEATS_MAX, GrammarError
+from llama_orch.core.gbnf import GrammarError
 from llama_orch.core.gbnf_parts import count, list_of, literal, whole_numbers
 from llama_orch.core.patterns import pattern_to_gbnf
+from llama_orch.core.schema_words import DIGITS_MAX, INTEGER_BOUNDS, Schema, bounds, integer_bounds, is_of, tags_of
 
 SCHEMA_BYTES_MAX = 1 << 16
 DEPTH_MAX = 32
 NODES_MAX = 1024  # schemas within the schema
 VALUES_MAX = 512  # of an `enum`
 PROPERTIES_MAX = 256
-DIGITS_MAX = 18  # of a whole number
-
-Schema = Mapping[str, Any]
 
 # They say something to people, or name things.
 _ANNOTATIONS_NAMES = """
@@ -32,7 +30,7 @@ _ANNOTATIONS_NAMES = """
 _ANNOTATIONS = frozenset(_ANNOTATIONS_NAMES.split())
 _KEYWORDS = {
     "string": frozenset({"minLength", "maxLength", "pattern"}),
-    "integer": frozenset({"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"}),
+    "integer": INTEGER_BOUNDS,
     "number": frozenset(),
     "boolean": frozenset(),
     "null": frozenset(),
@@ -67,32 +65,48 @@ _NEEDS = {
 
 def json_schema_to_gbnf(schema: Schema) -> str:
     """The grammar. Raises GrammarError, with the place and what to do, for a schema that cannot be kept."""
+    return grammar_of_rules(schema_rules(schema))
+
+
+def schema_rules(schema: Schema, prefix: str = "") -> dict[str, str]:
+    """The same as rules by name, for a grammar of several schemas: `<prefix>root` is where this one begins, and rules
+    without the prefix are the same for all. Raises GrammarError."""
     try:
         size = len(json.dumps(schema))
     except RecursionError as error:
         raise GrammarError(f"it is nested more than {DEPTH_MAX} deep") from error
     if size > SCHEMA_BYTES_MAX:
         raise GrammarError(f"it has more than {SCHEMA_BYTES_MAX} bytes; shorten it")
-    return _Writer(schema).grammar()
+    return _Writer(schema, prefix).rules()
+
+
+def grammar_of_rules(rules: Mapping[str, str]) -> str:
+    """GBNF, with its first rule first."""
+    return "\n".join(f"{name} ::= {text}" for name, text in rules.items())
 
 
 class _Writer:
-    def __init__(self, schema: Schema) -> None:
+    def __init__(self, schema: Schema, prefix: str) -> None:
         self._schema = schema
+        self._prefix = prefix
         self._rules: dict[str, str] = {}
-        self._targets: dict[str, str] = {"#": "root"}  # of references -> names of rules
+        self._targets: dict[str, str] = {"#": f"{prefix}root"}  # of references -> names of rules
         self._nodes = 0
 
-    def grammar(self) -> str:
-        self._rules["root"] = ""  # the first one, whatever is found in it
-        self._rules["root"] = self._expression(self._schema, "#", 0)
-        return "\n".join(f"{name} ::= {text}" for name, text in self._rules.items())
+    def rules(self) -> dict[str, str]:
+        root = self._targets["#"]
+        self._rules[root] = ""  # the first one, whatever is found in it
+        self._rules[root] = self._expression(self._schema, "#", 0)
+        return self._rules
+
+    def _new(self) -> str:
+        return f"{self._prefix}s{len(self._rules)}"
 
     # -- schemas -------------------------------------------------------------------------------------------------------
 
     def _rule(self, schema: object, place: str, depth: int) -> str:
         """The name of a rule for this schema."""
-        name = f"s{len(self._rules)}"
+        name = self._new()
         self._rules[name] = ""
         self._rules[name] = self._expression(schema, place, depth)
         return name
@@ -183,7 +197,7 @@ class _Writer:
         if len(values) > VALUES_MAX:
             raise GrammarError(f"at {place} `enum` has more than {VALUES_MAX} values")
         kinds = self._kinds(said, place) if "type" in said else None
-        fitting = [one for one in values if kinds is None or any(_is_of(one, kind) for kind in kinds)]
+        fitting = [one for one in values if kinds is None or any(is_of(one, kind) for kind in kinds)]
         if not fitting:
             raise GrammarError(f"at {place} no value of `enum` is of the `type`; nothing matches")
         return " | ".join(dict.fromkeys(literal(json.dumps(one, ensure_ascii=False)) for one in fitting))
@@ -201,7 +215,7 @@ class _Writer:
                     target = target[step]
                 else:
                     raise GrammarError(f"at {place} `$ref` {reference[:80]!r} leads nowhere")
-            name = self._targets[reference] = f"s{len(self._rules)}"
+            name = self._targets[reference] = self._new()
             self._rules[name] = ""
             self._rules[name] = self._expression(target, reference, depth + 1)
         return self._targets[reference]
@@ -216,7 +230,7 @@ class _Writer:
             several = given if isinstance(given, list) and given else _KEYWORDS
             names = {str(kind) for kind in ([given] if isinstance(given, str) else several)}
             kinds.append({"number" if name == "integer" else name for name in names})
-            tags.append(_tags(resolved))
+            tags.append(tags_of(resolved))
         for i in range(len(parts)):
             for j in range(i):
                 meet = kinds[i] & kinds[j]
@@ -241,7 +255,7 @@ class _Writer:
     # -- types ---------------------------------------------------------------------------------------------------------
 
     def _string(self, said: Schema, place: str) -> str:
-        least, most = _bounds(said, "minLength", "maxLength", place)
+        least, most = bounds(said, "minLength", "maxLength", place)
         if "pattern" in said:
             if least or most is not None:
                 raise GrammarError(f"at {place} `pattern` and a length stand side by side; put the length into it")
@@ -254,7 +268,7 @@ class _Writer:
         return rf'"\"" char{count(least, most)} "\""'
 
     def _integer(self, said: Schema, place: str) -> str:
-        low, high = _integer_bounds(said, place)
+        low, high = integer_bounds(said, place)
         if low is None and high is None:
             return self._common("integer")
         furthest = 10**DIGITS_MAX - 1
@@ -266,7 +280,7 @@ class _Writer:
         return f"({' | '.join(parts)})"
 
     def _array(self, said: Schema, place: str, depth: int) -> str:
-        least, most = _bounds(said, "minItems", "maxItems", place)
+        least, most = bounds(said, "minItems", "maxItems", place)
         first = said.get("prefixItems", [])
         if not isinstance(first, Sequence) or isinstance(first, str) or len(first) > PROPERTIES_MAX:
             raise GrammarError(f"at {place} `prefixItems` is not a list of at most {PROPERTIES_MAX} schemas")
@@ -322,7 +336,7 @@ class _Writer:
         return first
 
     def _named(self, text: str) -> str:
-        name = f"s{len(self._rules)}"
+        name = self._new()
         self._rules[name] = text
         return name
 
@@ -347,51 +361,3 @@ class _Writer:
 
 def _unknown(keyword: str, place: str) -> GrammarError:
     return GrammarError(f"at {place} there is {keyword[:80]!r}, which cannot be kept, or not there; leave it out")
-
-
-def _bounds(said: Schema, lower: str, upper: str, place: str) -> tuple[int, int | None]:
-    least, most = said.get(lower, 0), said.get(upper)
-    for name, value in ((lower, least), (upper, most)):
-        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
-            raise GrammarError(f"at {place} `{name}` is not a count")
-        if value is not None and value > REPEATS_MAX:
-            raise GrammarError(f"at {place} `{name}` is {value}; at most {REPEATS_MAX} can be counted")
-    if most is not None and least > most:
-        raise GrammarError(f"at {place} `{lower}` is above `{upper}`; nothing matches")
-    return least, most
-
-
-def _is_of(value: object, kind: str) -> bool:
-    match kind:
-        case "integer":
-            return isinstance(value, int) and not isinstance(value, bool)
-        case "number":
-            return isinstance(value, int | float) and not isinstance(value, bool)
-    types = {"string": str, "boolean": bool, "null": type(None), "array": list, "object": dict}
-    return isinstance(value, types[kind])
-
-
-def _tags(schema: Schema) -> Mapping[str, Sequence[object]]:
-    """The required properties that have one of a few values."""
-    properties, required = schema.get("properties"), schema.get("required")
-    if not isinstance(properties, Mapping) or not isinstance(required, Sequence):
-        return {}
-    found: dict[str, Sequence[object]] = {}
-    for name, one in properties.items():
-        if name in required and isinstance(one, Mapping):
-            values = [one["const"]] if "const" in one else one.get("enum")
-            if isinstance(values, list):
-                found[name] = values
-    return found
-
-
-def _integer_bounds(said: Schema, place: str) -> tuple[int | None, int | None]:
-    """Both included."""
-    for name in _KEYWORDS["integer"] & said.keys():
-        if isinstance(said[name], bool) or not isinstance(said[name], int | float) or abs(said[name]) > 10**DIGITS_MAX:
-            raise GrammarError(f"at {place} `{name}` is not a number of up to {DIGITS_MAX} digits")
-    lows = [-int(-said["minimum"] // 1)] if "minimum" in said else []
-    lows += [int(said["exclusiveMinimum"] // 1) + 1] if "exclusiveMinimum" in said else []
-    highs = [int(said["maximum"] // 1)] if "maximum" in said else []
-    highs += [-int(-said["exclusiveMaximum"] // 1) - 1] if "exclusiveMaximum" in said else []
-    return max(lows, default=None), min(highs, default=None)

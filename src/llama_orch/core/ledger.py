@@ -130,8 +130,8 @@ class Ledger:
         return next((self.devices[d] for d in replica.device_ids if self.devices[d].is_lost), None)
 
     def scarcest_free_bytes(self, replica: Replica) -> int:
-        """Free on that of its devices which has least."""
-        return min(self.free_bytes(device_id) for device_id in replica.device_ids)
+        """Free on that of its devices which has least; 0 of a replica elsewhere, which has none here."""
+        return min((self.free_bytes(device_id) for device_id in replica.device_ids), default=0)
 
 
 def _turn(replica: Replica) -> tuple[float, str]:

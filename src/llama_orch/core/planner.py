@@ -175,7 +175,7 @@ class Planner:
     def is_hopeless(self, pool: Pool, now: float) -> bool:
         """Whether somebody waits for the pool, nothing of it serves or loads, and it would have no room even if all
         left that can be made to leave."""
-        if not self.is_needed(pool, now):
+        if not self.is_needed(pool, now) or pool.is_arriving:
             return False
         replicas = pool.replicas.values()
         if any(r.holds_memory and r.state is not ReplicaState.BACKOFF for r in replicas):

@@ -30,10 +30,14 @@ class PoolSpec:
     full_policy: FullPolicy
     strict_needs_exclusive: bool
     reads_whole_ctx: bool = False  # a text that is only read may fill the context
+    tool_syntax: str | None = None  # how its model writes calls of tools; None: it knows none
     keep_alive_s: float | None = None  # unloaded after this long without a task; None keeps it loaded
     is_on_demand: bool = False  # made for a task, not by the configuration
     kv_bytes_per_token: int = 0
     aliases: tuple[str, ...] = ()  # other references that lead to the same file
+    can_be_strict: bool = True  # else a task that asks for `strict` is refused
+    is_known: bool = True  # false while a server elsewhere has not said yet what it does
+    lacks: tuple[str, ...] = ()  # fields that its engine cannot be given
 
     @property
     def speed_key(self) -> tuple[str, str]:
@@ -52,6 +56,8 @@ class Pool:
     is_draining: bool = False
     drain_until_s: float | None = None
     bar: Bar | None = None  # the catalog keeps its model from new tasks
+    is_arriving: bool = False  # its model's file is on its way from elsewhere, and it has no replicas yet
+    arrival_s: float | None = None  # when the file will be there, as far as is known
     is_paused: bool = False  # it takes no new tasks because another model takes its place
     last_reload: str | None = None
     wanted_until_s: float = 0.0  # somebody asked for it who could not be queued yet
@@ -77,12 +83,12 @@ class Pool:
     def is_live(self) -> bool:
         """Some replica serves or may yet serve."""
         gone = (ReplicaState.FAILED, ReplicaState.STOPPED)
-        return any(replica.state not in gone for replica in self.replicas.values())
+        return self.is_arriving or any(replica.state not in gone for replica in self.replicas.values())
 
     @property
     def is_coming(self) -> bool:
         """Some replica serves, or will without anybody's doing."""
-        return any(replica.is_coming for replica in self.replicas.values())
+        return self.is_arriving or any(replica.is_coming for replica in self.replicas.values())
 
     @property
     def is_loaded(self) -> bool:

@@ -229,7 +229,7 @@ class Predictor:
     def ready_advice_ms(self, pool: Pool, now: float) -> int:
         """When to ask again for a pool without a ready replica: when the load is expected to be over; where that is not
         known, a load takes as long again as it has taken so far."""
-        waits = []
+        waits = [] if not pool.is_arriving else [WAIT_GUESS_S if pool.arrival_s is None else pool.arrival_s - now]
         for replica in pool.replicas.values():
             known_s = self.load_s(pool, replica)
             if replica.state is ReplicaState.LOADING:

@@ -93,9 +93,27 @@ def without_room(pool: Pool) -> PoolUnavailable:
 
 def unready(pool: Pool, wait_ms: int) -> PoolUnready:
     state = "is loading its model" if pool.last_error is None else f"starts again after: {pool.last_error}"
+    state = "waits for its model to be fetched" if pool.is_arriving else state
     state = state if pool.why_not_loaded is None else f"waits for room: {pool.why_not_loaded}"
     return PoolUnready(
         f"pool {pool.spec.pool_id} {state}; repeat shortly", engine=pool.spec.engine, retry_after_ms=wait_ms
+    )
+
+
+def went(pool: Pool) -> PoolUnready:
+    """Between the look at a request and its admission."""
+    return PoolUnready(
+        f"pool {pool.spec.pool_id} has gone meanwhile; repeat", engine=pool.spec.engine, retry_after_ms=RESET_MS
+    )
+
+
+def not_arrived(pool: Pool, error: LlorchError) -> LlorchError:
+    """The file that its tasks wait for does not come: what is wrong is said by whoever fetched it."""
+    return type(error)(
+        f"model {pool.spec.model!r} could not be fetched: {error.message}",
+        retry_after_ms=error.retry_after_ms,
+        policy_label=error.policy_label,
+        details=error.details,
     )
 
 

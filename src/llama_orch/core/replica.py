@@ -14,6 +14,7 @@ from llama_orch.contract.models import ReplicaState
 
 BACKOFF_FIRST_S = 0.5
 BACKOFF_MAX_S = 30.0
+_DOUBLINGS_MAX = 16
 RESTARTS_MAX = 6  # losses in a row without a sound spell in between; then the replica is given up
 FAILED_LOADS_MAX = 2  # of a model that was loaded on demand and has never served: who waits for it hears of it soon
 SOUND_SPELL_S = 60.0  # a replica that served this long starts its count of losses anew
@@ -86,6 +87,7 @@ class Replica:
     need_bytes: Mapping[str, int] = field(default_factory=dict)
     sizes: tuple[Mapping[str, int], ...] = ()  # what it would take with 1, 2, … slots; empty where `slots` is fixed
     is_pinned: bool = True  # it stays loaded: nobody may evict it
+    is_remote: bool = False  # it is on a server elsewhere: it takes no memory here, and is never given up
     is_launched: bool = True  # false while it is `loading` in name and waits for the room that others leave
     is_lingering: bool = False  # it was lost, but its process is not gone yet
     is_closing: bool = False  # it takes no more tasks, and is unloaded once it holds none
@@ -191,18 +193,22 @@ class Replica:
         self.slot_used_s.clear()
 
     def mark_lost(self, reason: str, now: float, *, may_restart: bool = True) -> None:
-        """Backoff doubles with each loss in a row; after too many the replica is given up (HP-PLC-7)."""
+        """Backoff doubles with each loss in a row; after too many the replica is given up (HP-PLC-7), unless it is
+        elsewhere, where others may mend it (HP-REM-3)."""
         if self.ready_since_s is not None and now - self.ready_since_s >= SOUND_SPELL_S:
             self.losses_in_a_row = 0
         self.losses_in_a_row += 1
         self._lose_worker(reason)
-        if self.losses_in_a_row > (RESTARTS_MAX if self.is_pinned or self.has_served else FAILED_LOADS_MAX):
+        losses_max = RESTARTS_MAX if self.is_pinned or self.has_served else FAILED_LOADS_MAX
+        if self.losses_in_a_row > losses_max and not self.is_remote:
             self.give_up(now)
         elif not may_restart:
             self.mark_stopped()
         else:
             self.step(ReplicaEvent.LOSE)
-            self.retry_at_s = now + min(BACKOFF_MAX_S, BACKOFF_FIRST_S * 2 ** (self.losses_in_a_row - 1))
+            self.retry_at_s = now + min(
+                BACKOFF_MAX_S, BACKOFF_FIRST_S * 2 ** min(_DOUBLINGS_MAX, self.losses_in_a_row - 1)
+            )
 
     def mark_short(self, reason: str) -> None:
         """Its devices had less room than it needed: back to where it can be planned anew."""

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from llama_orch.contract.config import SessionsSettings
 from llama_orch.contract.models import ReplicaState, TaskRequest, TaskState
 from llama_orch.core import admission, refusals
+from llama_orch.core.arrivals import Arrivals
 from llama_orch.core.bar import Bar
 from llama_orch.core.closing import Closing
 from llama_orch.core.dispatch import Dispatcher
@@ -56,6 +57,7 @@ class Scheduler:
         self.book = SessionBook(sessions or SessionsSettings(), self.replicas, self.tasks, self.predictor, self._emit)
         self._dispatcher = Dispatcher(self.fleet, self.predictor, self.tasks, self.book, self._emit)
         self.closing = Closing(self.fleet, self.rollouts, self.tasks, self._end)
+        self.arrivals = Arrivals(self.fleet, self.tasks, self._end, self.settle)
         self.gate = Gate(self.fleet, self.predictor, self.tasks, self.book)
         self._number = 0
         self.known = self._table.known
@@ -249,7 +251,8 @@ class Scheduler:
 
     # -- replicas and devices ----------------------------------------------------------------------------------------
 
-    def replica_ready(self, replica_id: str, *, slots: int, model_digest: str, now: float) -> None:
+    def replica_ready(self, replica_id: str, *, slots: int, model_digest: str | None, now: float) -> None:
+        """`model_digest` is None of a model elsewhere."""
         replica = self.replicas[replica_id]
         if replica.state is not ReplicaState.LOADING:  # it was told to end while it reported
             return

@@ -87,6 +87,8 @@ class SessionBook:
     def ran(self, task: Task, replica: Replica, outcome: Outcome) -> None:
         """The slot that the task ran on holds its session's KV."""
         session_id = task.request.session_id
+        if replica.is_remote:  # nobody here knows what its server keeps
+            return
         if session_id in self.sessions and session_id is not None and task.lease is not None and writes(task.request):
             tokens = min(task.pool.spec.ctx, outcome.tokens_in + outcome.tokens_out)
             self.affinity.remember(session_id, replica, task.lease.slots[0], tokens)
@@ -126,7 +128,7 @@ class SessionBook:
         as well, and leaves them as they are. One that is decoded on is seen to when its task lets go of it."""
         holder = self._tasks.get(replica.leases.get(slot, ""))
         is_decoded_on = holder is not None and holder.lease is not None and holder.lease.slots[0] == slot
-        if replica.state is not ReplicaState.READY or is_decoded_on or slot >= replica.slots:
+        if replica.state is not ReplicaState.READY or is_decoded_on or slot >= replica.slots or replica.is_remote:
             return False
         replica.slot_used_s.pop(slot, None)
         self._emit(Evict(replica.replica_id, slot))

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 import msgspec
-from msgspec import structs
+from msgspec import UNSET, structs
 
 from llama_orch.contract.models import Determinism, FinishReason, Priority, TaskRequest, TaskState
 from llama_orch.core.pool import Pool
@@ -99,7 +99,9 @@ class Task:
 
     @property
     def is_strict(self) -> bool:
-        return self.request.determinism is Determinism.STRICT
+        """Asked for, or not asked for on an engine that can be."""
+        asked = self.request.determinism
+        return asked is Determinism.STRICT or (asked is UNSET and self.pool.spec.can_be_strict)
 
     @property
     def priority(self) -> Priority:

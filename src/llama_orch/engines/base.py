@@ -11,12 +11,13 @@ import re
 from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 FinishReason = Literal["stop", "length"]
 # What a job may take over of the KV that its slot holds: nothing; as much as leaves its bytes as they would be without;
 # or all that matches.
 KvReuse = Literal["none", "exact", "any"]
+Message = Mapping[str, Any]  # an object of JSON
 
 
 class EngineError(Exception):
@@ -41,6 +42,14 @@ class JobRefused(EngineError):
 
 class EngineBusy(EngineError):
     """This machine has nothing left for one more request (descriptors, buffers); the worker is still sound."""
+
+
+class RunLost(EngineError):
+    """This one run broke off and cannot go on; of the worker it says nothing. `lost` tells if that is gone as well."""
+
+
+class RunStalled(RunLost):
+    """The same because no token came for longer than the job's idle limit."""
 
 
 class DecodeStalled(EngineError):
@@ -85,7 +94,9 @@ class EngineTraits:
     determinism: str  # one sentence for capabilities: what `strict` guarantees and at what cost
     max_slots: int | None = None  # sequences per worker that the engine can run, None: no limit of its own
     strict_needs_exclusive: bool = True  # a strict task must have the whole replica (HP-DET-1)
-    features: tuple[str, ...] = ()  # of: chat, grammar, json_schema, kv_reuse, min_p
+    features: tuple[str, ...] = ()  # of: chat, grammar, json_schema, kv_reuse, logprobs, min_p, tools
+    can_be_strict: bool = True  # else a task that asks for `strict` is refused
+    is_remote: bool = False  # its replicas take nothing of this machine, and its models are no files here
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,21 +106,32 @@ class Offer:
     workloads: tuple[str, ...]
     features: tuple[str, ...] = ()
     reads_whole_ctx: bool = False  # a text to read may fill the context; else one token has to stay free
+    tool_syntax: str | None = None  # of core.tool_syntax.SYNTAXES, where the feature `tools` is
+    lacks: tuple[str, ...] = ()  # of kv_hint, sampling.top_k, sampling.repeat_penalty: what a task may not ask for
 
 
 @dataclass(frozen=True, slots=True)
 class ReplicaSpec:
-    """One worker to launch: one model on one device mask."""
+    """One worker to launch: one model on one device mask. `model_path` is None of a model elsewhere, which its
+    reference names; its slots and context are then what the server has."""
 
     replica_id: str
     pool_id: str
-    model_path: Path
+    model_path: Path | None
     slots: int
     ctx: int  # tokens per slot
-    backend: Literal["cuda", "cpu", "simulated"] = "cpu"
+    backend: Literal["cuda", "cpu", "simulated", "remote"] = "cpu"
     device_uuids: tuple[str, ...] = ()  # CUDA_VISIBLE_DEVICES; empty: no GPU is visible to the worker
     threads: int = 1
     tensor_split: tuple[float, ...] = ()
+    model: str = ""  # the reference
+
+    @property
+    def file(self) -> Path:
+        """The model's file, of an engine that loads files."""
+        if self.model_path is None:
+            raise LoadFailed(f"{self.model!r} is no file of this machine")
+        return self.model_path
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,6 +145,7 @@ class WorkerFacts:
     pid: int | None = None
     buffer_bytes: Mapping[str, int] = field(default_factory=dict)
     # what the engine said it allocated, by "<device>/<what>": CUDA0/weights, CUDA0/kv, CPU/compute, CPU/output
+    offer: Offer | None = None  # what it does with the model, where only the worker itself can tell
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +159,7 @@ class Sampling:
     repeat_penalty: float = 1.0
     stop: tuple[str, ...] = ()
     grammar: str | None = None  # GBNF that the answer must match; `grammar_refusal` has passed it
+    json_schema: Mapping[str, object] | None = None  # what that grammar was made of, where it was one
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,15 +174,39 @@ class Job:
     slot: int  # the slot that the scheduler leased
     kv_reuse: KvReuse = "none"
     idle_timeout_s: float = 60.0  # raise DecodeStalled when nothing comes for this long
+    logprobs: int | None = None  # tell how likely each token was, and so many others
+    kept_tokens: tuple[
+        str, ...
+    ] = ()  # texts of control tokens that belong to the answer; what is no token does not matter
+    messages: tuple[Mapping[str, Any], ...] = ()  # what the prompt was rendered of, where it was a conversation
+
+
+@dataclass(frozen=True, slots=True)
+class Likelihood:
+    """How likely a token was: the natural logarithm, before the sampler had its say. `content`: its bytes."""
+
+    content: bytes
+    logprob: float
+
+
+@dataclass(frozen=True, slots=True)
+class TextLikelihood:
+    """The same of a piece of text, which is one token, or several that the engine gives out together. Then it is the
+    sum; but of those that make one character the last one's. `top`: the likeliest tokens at the last one's place."""
+
+    text: str
+    logprob: float
+    top: tuple[Likelihood, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
     """Decoded text that is whole UTF-8. `tokens` counts what the engine decoded since the chunk before; text may be
-    empty when those tokens hold only part of a character."""
+    empty when those tokens hold only part of a character. `likelihoods`, where asked for, have the text in pieces."""
 
     text: str
     tokens: int
+    likelihoods: tuple[TextLikelihood, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,8 +253,9 @@ class Worker(Protocol):
     async def count_tokens(self, text: str) -> int:
         """Tokens of `text` as the model's own tokenizer counts them, the start-of-text token included."""
 
-    async def render_chat(self, messages: list[dict[str, str]]) -> str:
-        """The prompt that the model's own chat template makes of `messages`; JobRefused without a template."""
+    async def render_chat(self, messages: list[Message], tools: list[Message] | None = None) -> str:
+        """The prompt that the model's own chat template makes of `messages` and `tools`, both in OpenAI's form;
+        JobRefused without a template. Tools and their messages are for workers with the feature `tools`."""
 
     def generate(self, job: Job) -> AsyncGenerator[Chunk | Completion, None]:
         """Chunks, then exactly one Completion. Closing the iterator cancels: it returns once the engine has stopped

@@ -1,14 +1,14 @@
 """Our client of llama-server's HTTP dialect over a worker's Unix socket: small, typed, and cheap per token.
 
-One connection per request, because closing it is how a completion is canceled. Only the fields of `CompletionBody` ever
+One connection per completion, because closing it is how it is canceled. Only the fields of `CompletionBody` ever
 reach an engine, each checked against its range: negative or unknown values have been memory errors upstream.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable
-from contextlib import suppress
+from collections.abc import AsyncGenerator
+from contextlib import aclosing, suppress
 from pathlib import Path
 from typing import TypeVar
 
@@ -20,16 +20,20 @@ from llama_orch.engines.base import (
     EngineError,
     Job,
     JobRefused,
+    Message,
     WorkerLost,
     is_out_of_memory,
 )
-from llama_orch.engines.exchange import Exchange
+from llama_orch.engines.exchange import Exchange, Kept
+from llama_orch.engines.idle_watch import IdleWatch
 from llama_orch.engines.seeds import map_seed
 
 _LINE_BYTES_MAX = 1 << 20  # one event; an honest one is some hundred bytes
 _REQUEST_TIMEOUT_S = 30.0
+_KEPT_MAX = 2  # each takes a thread of the worker's, which has six more than its slots need
 _INT32_MAX = 2**31 - 1
 _STOP_STRINGS_MAX = 64
+_LOGPROBS_MAX = 20
 
 T = TypeVar("T")
 
@@ -56,6 +60,19 @@ class FaultBody(msgspec.Struct, frozen=True):
     error: Fault = Fault()
 
 
+class TokenChance(msgspec.Struct, frozen=True):
+    """A token that was likely at a place."""
+
+    bytes: list[int] = []
+    logprob: float = 0.0
+
+
+class TokenChances(TokenChance, frozen=True):
+    """The token that was taken. `bytes` are of the text that the event gives out, not of the token."""
+
+    top_logprobs: list[TokenChance] = []
+
+
 class CompletionEvent(msgspec.Struct, frozen=True):
     """One event of a completion's stream. `tokens_predicted` counts from the start of the run: one event may cover
     several tokens, because the engine holds back text that ends inside a character or looks like a stop string."""
@@ -67,6 +84,7 @@ class CompletionEvent(msgspec.Struct, frozen=True):
     stop_type: str = ""
     timings: Timings | None = None
     error: Fault | None = None
+    completion_probabilities: list[TokenChances] = []
 
 
 class CompletionBody(msgspec.Struct, frozen=True):
@@ -86,12 +104,14 @@ class CompletionBody(msgspec.Struct, frozen=True):
     grammar: str = ""  # none
     # Of our own dialect (workers/ctransformers.py): take over only what a run from the first token would also have.
     cache_exact: bool | msgspec.UnsetType = msgspec.UNSET
+    n_probs: int | msgspec.UnsetType = msgspec.UNSET
+    preserved_tokens: tuple[str, ...] | msgspec.UnsetType = msgspec.UNSET
     stream: bool = True
     # Progress events during prefill make a long prompt different from a hang.
     return_progress: bool = True
     # Without this the last event repeats the whole prompt and every setting.
     response_fields: tuple[str, ...] = (
-        "content", "stop", "tokens_predicted", "tokens_evaluated", "stop_type", "timings",
+        "content", "stop", "tokens_predicted", "tokens_evaluated", "stop_type", "timings", "completion_probabilities",
     )  # fmt: skip
     samplers: tuple[str, ...] = ("penalties", "top_k", "top_p", "min_p", "temperature")
 
@@ -127,11 +147,12 @@ _encode = msgspec.json.Encoder().encode
 
 
 class LlamaClient:
-    """Speaks to one worker. Safe for concurrent use; holds no connection between requests."""
+    """Speaks to one worker. Safe for concurrent use."""
 
     def __init__(self, socket_path: Path, api_key: str) -> None:
         self._socket_path = str(socket_path)
         self._api_key = api_key
+        self._kept = Kept(_KEPT_MAX)
 
     async def props(self) -> Props:
         """What the engine granted: slots, and tokens of context per slot."""
@@ -149,9 +170,11 @@ class LlamaClient:
         """The tokens that the engine makes of a prompt."""
         return (await self._ask("POST", "/tokenize", {"content": text, "add_special": True}, _Tokens)).tokens
 
-    async def apply_template(self, messages: list[dict[str, str]]) -> str:
-        """The prompt that the model's chat template makes of `messages`."""
-        return (await self._ask("POST", "/apply-template", {"messages": messages}, _Prompt)).prompt
+    async def apply_template(self, messages: list[Message], tools: list[Message] | None = None) -> str:
+        """The prompt that the model's chat template makes of `messages` and `tools`."""
+        # With another choice the engine would also make a grammar of its own of the tools' schemas.
+        body = {"messages": messages} | ({} if tools is None else {"tools": tools, "tool_choice": "none"})
+        return (await self._ask("POST", "/apply-template", body, _Prompt)).prompt
 
     async def erase(self, slot: int) -> None:
         """Forget what an idle slot holds."""
@@ -162,18 +185,35 @@ class LlamaClient:
     ) -> bytes:
         """One request, the whole body of its answer. Raises JobRefused for 4xx (EngineBusy where memory
         was lacking) and WorkerLost for the rest."""
-        exchange = Exchange(self._socket_path)
         try:
             async with asyncio.timeout(limit_s):
-                await exchange.send(method, path, self._api_key, _to_json(body))
-                answer = await exchange.read_all()
+                http_status, answer = await self._exchanged(method, path, _to_json(body))
         except TimeoutError as error:
             raise WorkerLost(f"{method} {path} had no answer within {limit_s} s") from error
-        finally:
-            exchange.close()
-        if exchange.http_status != 200:
-            raise _refusal(exchange.http_status, answer)
+        if http_status != 200:
+            raise _refusal(http_status, answer)
         return answer
+
+    async def _exchanged(self, method: str, path: str, body: bytes) -> tuple[int, bytes]:
+        """Status and body. To connect costs more than to ask, so connections are kept; one that the worker has closed
+        meanwhile, as it may when nothing was asked for some seconds, is not its loss."""
+        while True:
+            kept = self._kept.take()
+            exchange = Exchange(self._socket_path, kept)
+            try:
+                await exchange.send(method, path, self._api_key, body, keep=True)
+                answer = await exchange.read_all()
+            except WorkerLost:
+                exchange.close()
+                if kept is None or exchange.http_status:
+                    raise
+            except BaseException:
+                exchange.close()
+                raise
+            else:
+                if (left := exchange.left()) is not None:
+                    self._kept.put(left)
+                return exchange.http_status, answer
 
     def complete(self, body: CompletionBody, idle_timeout_s: float) -> CompletionStream:
         """A completion's stream, not yet sent."""
@@ -194,40 +234,44 @@ class CompletionStream:
         self._exchange = Exchange(socket_path)
         self._api_key = api_key
         self._body = body
-        self._idle = _IdleWatch(idle_timeout_s, self._exchange.close)
+        self._idle = IdleWatch(idle_timeout_s, self._exchange.close)
 
     async def events(self) -> AsyncGenerator[CompletionEvent, None]:
-        """Events up to the terminal one (`stop`). Raises JobRefused, DecodeStalled, or WorkerLost when the stream ends
-        without its terminal event. The caller closes the stream, so that a cancel may still look at it."""
+        """The events of `batches`, one by one."""
+        async with aclosing(self.batches()) as batches:
+            async for batch in batches:
+                for event in batch:
+                    yield event
+
+    async def batches(self) -> AsyncGenerator[list[CompletionEvent], None]:
+        """Events up to the terminal one (`stop`), as many at a time as have come. Raises JobRefused, DecodeStalled, or
+        WorkerLost when the stream ends without its terminal event. The caller closes the stream, so that a cancel may
+        still look at it."""
         try:
             self._idle.start()
             await self._exchange.send("POST", "/completion", self._api_key, _to_json(self._body))
             if await self._exchange.read_head() != 200:
                 raise _refusal(self._exchange.http_status, await self._exchange.read_all())
-            async for event in self._decoded():
-                yield event
+            tail = b""
+            while data := await self._next_data():
+                *lines, tail = (tail + data).split(b"\n")
+                if len(tail) > _LINE_BYTES_MAX:
+                    raise WorkerLost("the worker sent a line longer than any honest one")
+                events, trouble = _events_of(lines)
+                if events:
+                    self._idle.touch()
+                    yield events
+                    if events[-1].stop:
+                        return
+                if trouble is not None:
+                    raise trouble
+            raise WorkerLost("the stream ended without its terminal event")
         except WorkerLost as error:
             if self._idle.has_fired:
                 raise DecodeStalled(f"no token came for {self._idle.seconds:g} s") from error
             raise
         finally:
             self._idle.stop()
-
-    async def _decoded(self) -> AsyncGenerator[CompletionEvent, None]:
-        tail = b""
-        while data := await self._next_data():
-            *lines, tail = (tail + data).split(b"\n")
-            if len(tail) > _LINE_BYTES_MAX:
-                raise WorkerLost("the worker sent a line longer than any honest one")
-            for line in lines:
-                event = _event_of(line)
-                if event is None:
-                    continue
-                self._idle.touch()
-                yield event
-                if event.stop:
-                    return
-        raise WorkerLost("the stream ended without its terminal event")
 
     async def _next_data(self) -> bytes:
         self._idle.is_waiting = True
@@ -250,42 +294,6 @@ class CompletionStream:
         self._exchange.close()
 
 
-class _IdleWatch:
-    """Closes a stream on which nothing came for too long. One timer for each period of silence, none for each token;
-    time in which nobody reads the stream is not the engine's."""
-
-    def __init__(self, seconds: float, fire: Callable[[], None]) -> None:
-        self.seconds = seconds
-        self.has_fired = False
-        self.is_waiting = True
-        self._fire = fire
-        self._loop = asyncio.get_running_loop()
-        self._touched_at = 0.0
-        self._timer: asyncio.TimerHandle | None = None
-
-    def start(self) -> None:
-        self.touch()
-        self._timer = self._loop.call_later(self.seconds, self._look)
-
-    def touch(self) -> None:
-        self._touched_at = self._loop.time()
-
-    def stop(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-
-    def _look(self) -> None:
-        if not self.is_waiting:
-            self.touch()
-        left = self._touched_at + self.seconds - self._loop.time()
-        if left > 0:
-            self._timer = self._loop.call_later(left, self._look)
-        else:
-            self.has_fired = True
-            self._fire()
-
-
 def completion_body(job: Job, slots: int) -> CompletionBody:
     """The job in the dialect's words. Raises JobRefused for a value out of its range."""
     sampling = job.sampling
@@ -299,6 +307,7 @@ def completion_body(job: Job, slots: int) -> CompletionBody:
         "min_p": 0.0 <= sampling.min_p <= 1.0,
         "repeat_penalty": 0.0 < sampling.repeat_penalty <= 100.0,
         "stop": len(sampling.stop) <= _STOP_STRINGS_MAX and all(sampling.stop),
+        "logprobs": job.logprobs is None or 0 <= job.logprobs <= _LOGPROBS_MAX,
     }
     wrong = [name for name, is_in_range in checks.items() if not is_in_range]
     if wrong:
@@ -316,7 +325,28 @@ def completion_body(job: Job, slots: int) -> CompletionBody:
         repeat_penalty=sampling.repeat_penalty,
         stop=sampling.stop,
         grammar=sampling.grammar or "",
+        n_probs=msgspec.UNSET
+        if job.logprobs is None
+        else max(1, job.logprobs),  # of 0 it would not tell the token's own
+        preserved_tokens=job.kept_tokens or msgspec.UNSET,
     )
+
+
+def _events_of(lines: list[bytes]) -> tuple[list[CompletionEvent], EngineError | None]:
+    """Those of the lines up to the terminal one, and what is wrong with the line behind them."""
+    events: list[CompletionEvent] = []
+    for line in lines:
+        if not line:  # every other one
+            continue
+        try:
+            event = _event_of(line)
+        except EngineError as error:
+            return events, error
+        if event is not None:
+            events.append(event)
+            if event.stop:
+                break
+    return events, None
 
 
 def _event_of(line: bytes) -> CompletionEvent | None:

@@ -74,7 +74,7 @@ class CtransformersEngine:
 
     async def launch(self, spec: ReplicaSpec) -> HttpWorker:
         try:
-            header = await asyncio.to_thread(read_gguf_header, spec.model_path)
+            header = await asyncio.to_thread(read_gguf_header, spec.file)
         except (GgufError, OSError) as error:
             raise LoadFailed(str(error)) from error
         refusal = _refusal(header)

@@ -22,6 +22,7 @@ from llama_orch.engines.base import (
     Job,
     JobRefused,
     LoadFailed,
+    Message,
     Reading,
     ReadJob,
     ReplicaSpec,
@@ -39,6 +40,7 @@ from llama_orch.engines.client import (
     completion_body,
 )
 from llama_orch.engines.exact_prefix import ExactPrefixes, other_than
+from llama_orch.engines.likelihoods import Likelihoods
 from llama_orch.engines.process import STALL_TIMEOUT_S, WorkerProcess
 
 _START_WAIT_S = 0.25
@@ -94,11 +96,11 @@ class HttpWorker:
     async def count_tokens(self, text: str) -> int:
         return await self._client.count_tokens(text)
 
-    async def render_chat(self, messages: list[dict[str, str]]) -> str:
+    async def render_chat(self, messages: list[Message], tools: list[Message] | None = None) -> str:
         # llama.cpp would fall back to a template of its own that this model was never trained on.
         if not self._has_chat_template:
             raise JobRefused("the model has no chat template: send a prompt instead of messages")
-        return await self._client.apply_template(messages)
+        return await self._client.apply_template(messages, tools)
 
     async def evict(self, slot: int) -> None:
         if not 0 <= slot < self._spec.slots:
@@ -123,17 +125,19 @@ class HttpWorker:
         body, tokens = await self._prepared(job)
         stream = self._client.complete(body, job.idle_timeout_s)
         last = CompletionEvent()
+        likelihoods = Likelihoods(job.logprobs)
         try:
-            async for event in stream.events():
-                new = event.tokens_predicted - last.tokens_predicted
-                if new < 0:
-                    raise WorkerLost("the engine counts its tokens backwards")
-                if tokens is not None and new and self._exact is not None:
-                    self._exact.keep(job.slot, tokens)
-                    tokens = None
-                last = event
-                if event.content or new:
-                    yield Chunk(event.content, new)
+            async for batch in stream.batches():
+                for event in batch:
+                    new = event.tokens_predicted - last.tokens_predicted
+                    if new < 0:
+                        raise WorkerLost("the engine counts its tokens backwards")
+                    if tokens is not None and new and self._exact is not None:
+                        self._exact.keep(job.slot, tokens)
+                        tokens = None
+                    last = event
+                    if event.content or new:
+                        yield Chunk(event.content, new, likelihoods.of(event))
         except GeneratorExit:
             await self._cancel(stream, job)
             raise
@@ -261,7 +265,7 @@ async def launch_worker(
     socket_path = process.folder / "engine.sock"
     api_key = secrets.token_hex(32)
     configuration = {
-        "model_path": str(spec.model_path.absolute()),
+        "model_path": str(spec.file.absolute()),
         "socket_path": str(socket_path),
         "api_key": api_key,
         "slots": spec.slots,

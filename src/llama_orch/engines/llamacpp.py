@@ -13,6 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Literal
 
+from llama_orch.core.tool_syntax import syntax_of
 from llama_orch.engines.base import EngineTraits, LoadFailed, Offer, ReplicaSpec
 from llama_orch.engines.http_worker import HttpWorker, launch_worker
 from llama_orch.engines.process import STALL_TIMEOUT_S, worker_environment
@@ -30,7 +31,7 @@ _REQUIRED = ("context_length", "embedding_length", "block_count")  # of every ar
 # "version: 11549 (64fbe0f)"; newer builds say "version: 0.6.0-dev (build 11434, commit 64fbe0f)".
 _VERSION = re.compile(r"version: (?:\S+ \(build )?(\d+)(?: \(|, commit )(\w+)\)")
 
-_FEATURES = ("chat", "grammar", "json_schema", "kv_reuse", "min_p")
+_FEATURES = ("chat", "grammar", "json_schema", "kv_reuse", "logprobs", "min_p")  # and tools, by the model's template
 _DETERMINISM = (
     "strict: the same bytes for the same request on the same replica, whatever else waits or runs (on a CPU: on every "
     "replica of the same build); cost: the task has all slots of its replica, and of a session's KV only whole batches "
@@ -72,7 +73,7 @@ class LlamaCppEngine:
             workloads=tuple(Purpose),
             determinism=_DETERMINISM,
             strict_needs_exclusive=True,
-            features=_FEATURES,
+            features=(*_FEATURES, "tools"),
         )
 
     def refusal(self, model_path: Path) -> str | None:
@@ -90,6 +91,9 @@ class LlamaCppEngine:
             return Offer((Purpose.COMPLETION,), _FEATURES)
         made_for = purpose(header)
         if made_for is Purpose.COMPLETION:
+            syntax = None if header.chat_template is None else syntax_of(header.chat_template)
+            if syntax is not None:
+                return Offer((made_for,), (*_FEATURES, "tools"), tool_syntax=syntax.name)
             return Offer((made_for,), _FEATURES)
         return Offer((made_for,), reads_whole_ctx=header.architecture in ENCODERS)
 
@@ -98,7 +102,7 @@ class LlamaCppEngine:
 
     async def launch(self, spec: ReplicaSpec) -> HttpWorker:
         try:
-            header = await asyncio.to_thread(read_gguf_header, spec.model_path)
+            header = await asyncio.to_thread(read_gguf_header, spec.file)
         except (GgufError, OSError) as error:
             raise LoadFailed(str(error)) from error
         refusal = _refusal(header)

@@ -22,6 +22,7 @@ from llama_orch.engines.base import (
     Job,
     JobRefused,
     LoadFailed,
+    Message,
     Offer,
     Reading,
     ReadJob,
@@ -224,7 +225,7 @@ class SimulatedWorker:
         await self._check_answers()
         return len(text.split()) + 1
 
-    async def render_chat(self, messages: list[dict[str, str]]) -> str:
+    async def render_chat(self, messages: list[Message], tools: list[Message] | None = None) -> str:
         await self._check_answers()
         return "".join(f"<{message['role']}> {message['content']}\n" for message in messages) + "<assistant>"
 

@@ -51,6 +51,11 @@ class Entry(msgspec.Struct, frozen=True, kw_only=True):
         return self.source.startswith(("hf:", "https:"))
 
     @property
+    def is_absent(self) -> bool:
+        """Whether its file is still to be fetched."""
+        return self.is_fetched and self.file is None
+
+    @property
     def id(self) -> str:
         return self.declared.id
 

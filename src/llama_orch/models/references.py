@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
+from llama_orch.policy.urls import without_query
+
 BUILTIN = {"tiny": Path(__file__).parent / "tiny.gguf"}
 
 
@@ -20,7 +22,8 @@ def resolve(reference: str) -> Path:
             raise ModelNotFound(f"there is no {reference!r}; built in: {', '.join(BUILTIN)}")
         return BUILTIN[rest]
     if kind in ("hf", "https"):
-        raise ModelNotFound(f"{reference!r} has to be fetched first: enter it into the catalog and fetch it from there")
+        told = without_query(reference)
+        raise ModelNotFound(f"{told!r} has to be fetched first: enter it into the catalog and fetch it from there")
     if kind != "file":
         raise ModelNotFound(f"{reference!r} is not served by this version; use builtin:tiny or file:PATH")
     try:

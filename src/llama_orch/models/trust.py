@@ -52,6 +52,11 @@ def needs_verification(entry: Entry, policy: TrustPolicySettings) -> bool:
     return entry.finding is None and (has_claims(entry.declared) or is_strict(entry.declared, policy))
 
 
+def lacks(declared: CatalogModelRequest, policy: TrustPolicySettings) -> list[str]:
+    """What keeps the model from being served whatever its file is, so that it need not be fetched to be known."""
+    return [gap for gap, is_required in _gaps(declared, policy) if is_required and is_strict(declared, policy)]
+
+
 def contradictions(declared: CatalogModelRequest, finding: Finding) -> list[str]:
     claims = [("the declared digest", declared.digest)]
     claims += [("a manifest", manifest.digest) for manifest in declared.manifests]

@@ -8,6 +8,7 @@ from llama_orch.models.catalog import Entry
 from llama_orch.models.trust import Judgement
 from llama_orch.observe.logs import event
 from llama_orch.observe.metrics import Metrics
+from llama_orch.policy.urls import without_query
 
 log = logging.getLogger("llama_orch.catalog")
 
@@ -19,7 +20,8 @@ class CatalogJournal:
         self._metrics = metrics
 
     def entered(self, entry: Entry) -> None:
-        event(log, logging.INFO, f"model {entry.id} is in the catalog", model_id=entry.id, source_url=entry.source)
+        source = without_query(entry.source)
+        event(log, logging.INFO, f"model {entry.id} is in the catalog", model_id=entry.id, source_url=source)
 
     def removed(self, entry: Entry) -> None:
         event(log, logging.INFO, f"model {entry.id} is out of the catalog", model_id=entry.id)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+from prometheus_client import Counter
+
 from llama_orch.contract.models import TaskRequest, TaskState
 from llama_orch.core.pool import Pool
 from llama_orch.core.prediction import Outlook
@@ -27,6 +29,7 @@ class Journal:
 
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
+        self._tokens_out: dict[tuple[str, str, str, str], Counter] = {}  # moved once for each token
 
     def _labels(self, pool: Pool, **more: str) -> dict[str, str]:
         spec = pool.spec
@@ -100,7 +103,11 @@ class Journal:
         self._metrics.observe("latency_first_token_ms", labels, (now - task.created_s) * 1000)
 
     def decoded(self, pool: Pool, replica_id: str, tokens: int) -> None:
-        self._metrics.count("tokens_out_total", self._labels(pool, replica_id=replica_id), tokens)
+        key = pool.spec.engine, pool.spec.engine_version, pool.spec.pool_id, replica_id
+        if (series := self._tokens_out.get(key)) is None:
+            labels = self._labels(pool, replica_id=replica_id)
+            series = self._tokens_out[key] = self._metrics.series("tokens_out_total", labels)
+        series.inc(tokens)
 
     def ended(self, task: Task, pool: Pool) -> None:
         self._count_end(task, pool)
@@ -133,7 +140,7 @@ class Journal:
             self._metrics.count("tasks_rejected_total", labels)
 
     def replica_ready(self, replica: Replica, pool: Pool, load_ms: int, buffer_bytes: dict[str, int]) -> None:
-        labels = self._labels(pool, device="+".join(replica.device_ids))
+        labels = self._labels(pool, device="+".join(replica.device_ids) or "elsewhere")
         self._metrics.observe("latency_load_ms", labels, load_ms)
         event(
             replica_log,

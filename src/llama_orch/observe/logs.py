@@ -78,9 +78,27 @@ class TextFormatter(_Formatter):
         return "\n".join(line.translate(_CONTROLS) for line in lines)
 
 
+class _Handler(logging.StreamHandler[TextIO]):
+    """Lines that cannot be written, on a disk that is full for instance, are lost and counted; nobody else fails for
+    them. logging's own way would print the record as it is, secrets included."""
+
+    _lost = 0
+
+    def emit(self, record: logging.LogRecord) -> None:
+        lost = self._lost
+        super().emit(record)
+        if lost and lost == self._lost:  # it works again
+            self._lost = 0
+            text = f"{lost} lines of the log could not be written and are lost"
+            super().emit(logging.LogRecord(__name__, logging.WARNING, "", 0, text, None, None))
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        self._lost += 1
+
+
 def set_up(level: str, format: str, secrets: Collection[str], stream: TextIO | None = None) -> None:
     """Route every logger of the process through one handler. `secrets` never appear in a line."""
-    handler = logging.StreamHandler(stream or sys.stderr)
+    handler = _Handler(stream or sys.stderr)
     handler.setFormatter(TextFormatter(secrets) if format == "text" else JsonFormatter(secrets))
     root = logging.getLogger()
     root.handlers[:] = [handler]

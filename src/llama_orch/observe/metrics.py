@@ -51,9 +51,18 @@ class Metrics:
                     metric.name, metric.help, metric.labels, buckets=metric.buckets, registry=self._registry
                 )
         self._registry.register(_Gauges(read_gauges))
+        # What `labels` finds takes longer than what is done with it, and some are moved once for each token.
+        self._series: dict[tuple[str, tuple[tuple[str, str], ...]], Counter] = {}
 
     def count(self, name: str, labels: dict[str, str], amount: float = 1) -> None:
-        self._counters[name].labels(**labels).inc(amount)
+        self.series(name, labels).inc(amount)
+
+    def series(self, name: str, labels: dict[str, str]) -> Counter:
+        """One counter of those that go by this name."""
+        key = name, tuple(labels.items())
+        if (found := self._series.get(key)) is None:
+            found = self._series[key] = self._counters[name].labels(**labels)
+        return found
 
     def observe(self, name: str, labels: dict[str, str], value: float) -> None:
         self._histograms[name].labels(**labels).observe(value)

@@ -16,6 +16,7 @@ class OutboundJournal:
 
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
+        self._seen: dict[str, tuple[object, ...]] = {}  # origins of servers -> what was decided of them last
 
     def decided(self, decision: Decision) -> None:
         word = "allow" if decision.is_allowed else "deny"
@@ -23,7 +24,7 @@ class OutboundJournal:
         self._metrics.count("policy_outbound_decisions_total", labels)
         event(
             log,
-            logging.INFO if decision.is_allowed else logging.WARNING,
+            self._level(decision),
             f"outbound request {'allowed' if decision.is_allowed else 'denied'}",
             audit_id=decision.audit_id,
             **labels,
@@ -31,3 +32,14 @@ class OutboundJournal:
             url=None if decision.target is None else decision.target.shown,
             addresses=[str(address) for address in decision.addresses],
         )
+
+    def _level(self, decision: Decision) -> int:
+        """A server of engine `openai` is judged at each connection, several a second: what is as it was is for who
+        looks closely."""
+        if not decision.is_allowed:
+            return logging.WARNING
+        if decision.purpose != "engine" or decision.target is None:
+            return logging.INFO
+        origin, found = decision.target.origin, (decision.rule, decision.addresses)
+        is_known, self._seen[origin] = self._seen.get(origin) == found, found
+        return logging.DEBUG if is_known else logging.INFO

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import msgspec
@@ -14,6 +14,7 @@ from llama_orch.contract.models import (
     FRAMES,
     EndFrame,
     Error,
+    FinishReason,
     MetricsFrame,
     OpenAiAnswerMessage,
     OpenAiChatChoice,
@@ -26,12 +27,15 @@ from llama_orch.contract.models import (
     OpenAiEmbeddingList,
     OpenAiEmbeddingUsage,
     OpenAiFinish,
+    OpenAiLogprobs,
     OpenAiTextChoice,
     OpenAiUsage,
     StartedFrame,
     TokenFrame,
 )
 from llama_orch.openai.errors import openai_error
+from llama_orch.openai.likelihoods import TextLogprobs, chat_logprobs
+from llama_orch.openai.tools import Calls
 
 Frame = StartedFrame | TokenFrame | MetricsFrame | EndFrame | Error
 
@@ -67,10 +71,6 @@ def usage_of(end: EndFrame) -> OpenAiUsage:
     )
 
 
-def finish_of(end: EndFrame) -> OpenAiFinish | None:
-    return OpenAiFinish(end.finish_reason.value)
-
-
 def fingerprint_of(end: EndFrame) -> str:
     """With the same one, a seed repeats the answer."""
     digest = end.model_digest.removeprefix("sha256:")[:DIGEST_CHARS]
@@ -78,17 +78,17 @@ def fingerprint_of(end: EndFrame) -> str:
 
 
 class Wording(Protocol):
-    """How one kind of answer is put. `begin` may be nothing."""
+    """How one answer is put. `begin` and `piece` may be nothing; `whole` is instead of all others."""
 
     def begin(self) -> Iterable[Struct]: ...
 
-    def piece(self, text: str) -> Struct: ...
+    def piece(self, frame: TokenFrame) -> Struct | None: ...
 
     def finish(self, end: EndFrame) -> Struct: ...
 
     def usage(self, end: EndFrame) -> Struct: ...
 
-    def whole(self, text: str, end: EndFrame) -> Struct: ...
+    def whole(self, frames: Sequence[TokenFrame], end: EndFrame) -> Struct: ...
 
 
 class ChatWording:
@@ -97,15 +97,25 @@ class ChatWording:
     def __init__(self, subject: Subject) -> None:
         self._created, self._model = subject.created, subject.model
         self._id = f"chatcmpl-{subject.task_id}"
+        self._calls = Calls()
 
     def begin(self) -> Iterable[Struct]:
         return [self._chunk(OpenAiDelta(role="assistant", content=""))]
 
-    def piece(self, text: str) -> Struct:
-        return self._chunk(OpenAiDelta(content=text))
+    def piece(self, frame: TokenFrame) -> Struct | None:
+        """Nothing for what only stands around calls."""
+        if frame.tool_calls is UNSET:
+            return self._chunk(OpenAiDelta(content=frame.t), logprobs=chat_logprobs([frame]))
+        calls = self._calls.add(frame.tool_calls)
+        return self._chunk(OpenAiDelta(tool_calls=calls)) if calls else None
 
     def finish(self, end: EndFrame) -> Struct:
         return self._chunk(OpenAiDelta(), end)
+
+    def _finish_reason(self, end: EndFrame) -> OpenAiFinish:
+        if end.finish_reason is FinishReason.STOP and self._calls.are_whole:
+            return OpenAiFinish.TOOL_CALLS
+        return OpenAiFinish(end.finish_reason.value)
 
     def usage(self, end: EndFrame) -> Struct:
         return OpenAiChatChunk(
@@ -117,26 +127,35 @@ class ChatWording:
             usage=usage_of(end),
         )
 
-    def whole(self, text: str, end: EndFrame) -> Struct:
-        message = OpenAiAnswerMessage(role="assistant", content=text, refusal=None)
+    def whole(self, frames: Sequence[TokenFrame], end: EndFrame) -> Struct:
+        said = [frame for frame in frames if frame.tool_calls is UNSET]
+        for frame in frames:
+            if frame.tool_calls is not UNSET:
+                self._calls.add(frame.tool_calls)
+        calls, text = self._calls.whole(), "".join(frame.t for frame in said)
+        content = None if calls and not text else text
+        message = OpenAiAnswerMessage(role="assistant", content=content, refusal=None, tool_calls=calls)
+        logprobs, finish = chat_logprobs(said), self._finish_reason(end)
         return OpenAiChatCompletion(
             id=self._id,
             object="chat.completion",
             created=self._created,
             model=self._model,
-            choices=[OpenAiChatChoice(index=0, message=message, logprobs=None, finish_reason=finish_of(end))],
+            choices=[OpenAiChatChoice(index=0, message=message, logprobs=logprobs, finish_reason=finish)],
             usage=usage_of(end),
             system_fingerprint=fingerprint_of(end),
         )
 
-    def _chunk(self, delta: OpenAiDelta, end: EndFrame | None = None) -> OpenAiChatChunk:
-        finish = None if end is None else finish_of(end)
+    def _chunk(
+        self, delta: OpenAiDelta, end: EndFrame | None = None, logprobs: OpenAiLogprobs | None = None
+    ) -> OpenAiChatChunk:
+        finish = None if end is None else self._finish_reason(end)
         return OpenAiChatChunk(
             id=self._id,
             object="chat.completion.chunk",
             created=self._created,
             model=self._model,
-            choices=[OpenAiChatChunkChoice(index=0, delta=delta, logprobs=None, finish_reason=finish)],
+            choices=[OpenAiChatChunkChoice(index=0, delta=delta, logprobs=logprobs, finish_reason=finish)],
             system_fingerprint=UNSET if end is None else fingerprint_of(end),
         )
 
@@ -146,25 +165,27 @@ class TextWording:
 
     def __init__(self, subject: Subject) -> None:
         self._subject = subject
+        self._logprobs = TextLogprobs()
 
     def begin(self) -> Iterable[Struct]:
         return []
 
-    def piece(self, text: str) -> Struct:
-        return self._completion([OpenAiTextChoice(index=0, text=text, logprobs=None, finish_reason=None)])
+    def piece(self, frame: TokenFrame) -> Struct | None:
+        return self._completion([self._choice([frame])])
 
     def finish(self, end: EndFrame) -> Struct:
-        return self._completion([self._last("", end)], end)
+        return self._completion([self._choice([], end)], end)
 
     def usage(self, end: EndFrame) -> Struct:
         return msgspec.structs.replace(self._completion([]), usage=usage_of(end))
 
-    def whole(self, text: str, end: EndFrame) -> Struct:
-        return msgspec.structs.replace(self._completion([self._last(text, end)], end), usage=usage_of(end))
+    def whole(self, frames: Sequence[TokenFrame], end: EndFrame) -> Struct:
+        return msgspec.structs.replace(self._completion([self._choice(frames, end)], end), usage=usage_of(end))
 
-    @staticmethod
-    def _last(text: str, end: EndFrame) -> OpenAiTextChoice:
-        return OpenAiTextChoice(index=0, text=text, logprobs=None, finish_reason=finish_of(end))
+    def _choice(self, frames: Sequence[TokenFrame], end: EndFrame | None = None) -> OpenAiTextChoice:
+        text, logprobs = "".join(frame.t for frame in frames), self._logprobs.of(frames)
+        finish = None if end is None else OpenAiFinish(end.finish_reason.value)
+        return OpenAiTextChoice(index=0, text=text, logprobs=logprobs, finish_reason=finish)
 
     def _completion(self, choices: list[OpenAiTextChoice], end: EndFrame | None = None) -> OpenAiCompletion:
         return OpenAiCompletion(
@@ -209,8 +230,9 @@ class Chunks:
 
     def of(self, frame: Frame) -> bytes:
         match frame:
-            case TokenFrame(t=text):
-                return self._begin() + data_line(self._wording.piece(text))
+            case TokenFrame():
+                piece = self._wording.piece(frame)
+                return self._begin() + (b"" if piece is None else data_line(piece))
             case EndFrame():
                 usage = data_line(self._wording.usage(frame)) if self._tells_usage else b""
                 return self._begin() + data_line(self._wording.finish(frame)) + usage + DONE

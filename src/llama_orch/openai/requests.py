@@ -27,9 +27,10 @@ from llama_orch.contract.models import (
     Workload,
 )
 from llama_orch.errors import InvalidParams
+from llama_orch.openai.tools import calls_of, tools_of
 
 # Values that change nothing, of fields that are otherwise refused; null is one for all of them. `user`,
-# `parallel_tool_calls`, `safety_identifier` and `prompt_cache_key` are not here: they change nothing whatever they are.
+# `safety_identifier` and `prompt_cache_key` are not here: they change nothing whatever they are.
 NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "n": (1,),
     "best_of": (1,),
@@ -37,13 +38,9 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "echo": (False,),
     "suffix": ("",),
     "metadata": ({},),
-    "logprobs": (False,),
-    "top_logprobs": (),
     "logit_bias": ({},),
     "frequency_penalty": (0,),
     "presence_penalty": (0,),
-    "tools": ([],),
-    "tool_choice": ("none",),
     "functions": ([],),
     "function_call": ("none",),
     "modalities": (["text"],),
@@ -62,6 +59,11 @@ NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "annotations": ([],),
 }
 NEUTRAL_OF_MESSAGES: Mapping[str, tuple[Any, ...]] = {**NEUTRAL, "function_call": ()}
+# What a role has that others have not.
+OWN_FIELDS: Mapping[OpenAiRole, tuple[str, ...]] = {
+    OpenAiRole.ASSISTANT: ("tool_calls",),
+    OpenAiRole.TOOL: ("tool_call_id", "name"),  # the call says the name
+}
 PART_SEPARATOR = "\n"
 
 _ROLES = {
@@ -69,6 +71,7 @@ _ROLES = {
     OpenAiRole.DEVELOPER: ChatRole.SYSTEM,
     OpenAiRole.USER: ChatRole.USER,
     OpenAiRole.ASSISTANT: ChatRole.ASSISTANT,
+    OpenAiRole.TOOL: ChatRole.TOOL,
 }
 _is_uuid = re.compile(r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}").fullmatch
 
@@ -105,6 +108,8 @@ def chat_task(body: OpenAiChatRequest, extras: Extras, served: Served, task_id: 
         max_tokens=next(iter(given), None),
         seed=body.seed,
         sampling=_sampling(body, json_schema_of(body.response_format)),
+        tools=tools_of(body),
+        logprobs=_logprobs(body),
     )
 
 
@@ -118,6 +123,7 @@ def completion_task(body: OpenAiCompletionRequest, extras: Extras, served: Serve
         max_tokens=body.max_tokens,
         seed=body.seed,
         sampling=_sampling(body, None),
+        logprobs=body.logprobs,
     )
 
 
@@ -140,7 +146,7 @@ def _common(user: str | None, extras: Extras, served: Served, task_id: str) -> d
         "model_ref": served.model_ref,
         "engine": served.engine,
         "priority": extras.priority or Priority.INTERACTIVE,
-        "determinism": extras.determinism or Determinism.STRICT,
+        "determinism": UNSET if extras.determinism is None else extras.determinism,
         "deadline_ms": extras.deadline_ms,
     }
 
@@ -168,13 +174,30 @@ def _message(index: int, message: OpenAiMessage) -> ChatMessage:
     if message.role not in _ROLES:
         offered = ", ".join(role.value for role in _ROLES)
         raise InvalidParams(
-            f"`{where}role` {message.role.value!r} is not offered, since there are no tools; use one of: {offered}",
+            f"`{where}role` {message.role.value!r} is not offered; use one of: {offered}",
             param=f"{where}role",
         )
-    _refuse_unoffered(message, where, NEUTRAL_OF_MESSAGES)
+    own = OWN_FIELDS.get(message.role, ())
+    others = {name: values for name, values in NEUTRAL_OF_MESSAGES.items() if name not in own}
+    _refuse_unoffered(message, where, others)
+    calls = calls_of(f"{where}tool_calls", message.tool_calls) if message.tool_calls else None
     content = message.content
-    text = content if isinstance(content, str) else PART_SEPARATOR.join(part.text for part in content)
-    return ChatMessage(role=_ROLES[message.role], content=text)
+    if content is None and calls is None:
+        raise InvalidParams(f"`{where}content` is missing; give a text", param=f"{where}content")
+    if message.role is OpenAiRole.TOOL and message.tool_call_id is None:
+        raise InvalidParams(
+            f"`{where}tool_call_id` is missing; say which call this answers", param=f"{where}tool_call_id"
+        )
+    text = content if isinstance(content, str) else PART_SEPARATOR.join(part.text for part in content or ())
+    return ChatMessage(role=_ROLES[message.role], content=text, tool_calls=calls, tool_call_id=message.tool_call_id)
+
+
+def _logprobs(body: OpenAiChatRequest) -> int | None:
+    if body.logprobs:
+        return body.top_logprobs or 0
+    if body.top_logprobs:
+        raise InvalidParams("`top_logprobs` needs `logprobs`; set that to true", param="top_logprobs")
+    return None
 
 
 def json_schema_of(form: OpenAiResponseFormat | None) -> dict[str, Any] | None:

@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 from llama_orch.policy.addresses import Address
 from llama_orch.policy.urls import Target
 
-Purpose = Literal["check", "tool", "model"]
+Purpose = Literal["check", "tool", "model", "engine"]
 
 
 class Decision(NamedTuple):

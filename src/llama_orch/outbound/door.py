@@ -4,7 +4,8 @@ Invariants. No connection is made to an address that was not judged for this ver
 and the connection goes to the address itself, with the name in Host and in TLS (where the certificate must be for it).
 Every redirect is a request of its own, judged anew. What the caller sends beyond a few harmless headers goes to the
 origin that the caller named and to no other. Proxies of the environment are not used: they would look names up
-themselves. Nothing is sent but GET and HEAD without a body, and there are no cookies.
+themselves. Nothing is sent but GET and HEAD without a body, and there are no cookies; but to servers that the
+configuration names (`call`), which get what an engine has for them and whose redirects are not followed.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ssl
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -66,7 +67,7 @@ class Reply:
     def audit_id(self) -> str:
         return self.decision.audit_id
 
-    async def chunks(self) -> AsyncIterator[bytes]:
+    async def chunks(self) -> AsyncGenerator[bytes, None]:
         """The body as it is on the wire, without transfer encoding and with content encoding. Once. Raises
         UpstreamFailed when it breaks off, stops coming, has another length than was said, or is too large."""
         length = "" if self._is_head else self.headers.get("content-length", "")
@@ -137,11 +138,27 @@ class Outbound:
                 decision = await self._redirected(decision, location)
             raise UpstreamFailed(f"{first.host} redirects more than {limits.redirects_max} times")
 
+    @contextlib.asynccontextmanager
+    async def call(
+        self, method: Literal["GET", "POST"], url: str, *, limits: Limits, headers: Mapping[str, str], body: bytes = b""
+    ) -> AsyncIterator[Reply]:
+        """One request of an engine to a server that the configuration names, at a private address too. A redirect is
+        an answer like any other: it could lead elsewhere what was meant for this server. Raises what `fetch` does."""
+        audit_id, origin = new_id(), parse_target(url).origin
+        async with _named(audit_id), _in_time(limits):
+            decision = await self._judged(url, "engine", audit_id, configured=origin)
+            target = _target(decision)
+            if target.origin != origin:
+                raise UpstreamFailed(f"a plugin sends what is for {origin} elsewhere, which is not done")
+            async with self._open(method, decision, _sendable(headers), limits, body) as response:
+                yield Reply(response, decision, target, limits, is_head=False)
+
     # -- deciding ------------------------------------------------------------------------------------------------------
 
-    async def _judged(self, url: str, purpose: Purpose, audit_id: str) -> Decision:
-        """The decision, when it allows and there is something to connect to."""
-        decision = await self._decide(url, purpose, audit_id)
+    async def _judged(self, url: str, purpose: Purpose, audit_id: str, configured: str | None = None) -> Decision:
+        """The decision, when it allows and there is something to connect to. `configured`: an origin that the
+        configuration names."""
+        decision = await self._decide(url, purpose, audit_id, configured)
         if not decision.is_allowed:
             raise _denied(decision)
         if not decision.addresses:
@@ -163,7 +180,7 @@ class Outbound:
     def _denied_redirect(self, origin: Decision, target: Target | None, verdict: Verdict) -> PolicyDenied:
         return _denied(self._recorded(Decision(*verdict, origin.purpose, target, (), origin.audit_id)))
 
-    async def _decide(self, url: str, purpose: Purpose, audit_id: str) -> Decision:
+    async def _decide(self, url: str, purpose: Purpose, audit_id: str, configured: str | None = None) -> Decision:
         """The steps in their order; each may end it with a denial."""
         target: Target | None = None
         addresses: tuple[Address, ...] = ()
@@ -172,17 +189,22 @@ class Outbound:
             return self._recorded(Decision(*verdict, purpose, target, addresses, audit_id))
 
         try:
-            # 1. Read the URL. 2. The lists, as far as they need no address. 3. The plugins, who may replace that.
+            # 1. Read the URL. 2. The lists, as far as they need no address. 3. The plugins, who may tighten that, or
+            # take the place of `allow` and `default`; another URL of theirs is judged as a new one.
             target = parse_target(url)
             verdict = self._rules.by_lists(target, target.known)
             answer = await self._plugins.ask(_request(target, purpose, verdict))
             if isinstance(answer, Rewrite):
                 target = parse_target(answer.url)
                 verdict = self._rules.by_lists(target, target.known)
+                answer = await self._plugins.ask(_request(target, purpose, verdict))
+                answer = answer if isinstance(answer, Deny) else None  # it has been rewritten
         except BadUrl as error:
             return decided(Verdict(False, error.rule, error.reason))
-        if isinstance(answer, Deny | Allow):
-            verdict = Verdict(isinstance(answer, Allow), "plugin", f"a plugin says: {answer.reason}")
+        if isinstance(answer, Deny):
+            verdict = Verdict(False, "plugin", f"a plugin says: {answer.reason}")
+        elif isinstance(answer, Allow) and self._rules.by_deny(target, target.known) is None:
+            verdict = Verdict(True, "plugin", f"a plugin says: {answer.reason}")
         if not verdict.is_allowed:
             return decided(verdict)
         # 4. Look the name up. 5. The lists again, now that networks can be compared. 6. Whether the addresses may be.
@@ -192,10 +214,11 @@ class Outbound:
             return decided(Verdict(True, verdict.rule, f"{verdict.reason}; but {error}"))
         if not addresses:
             return decided(Verdict(True, verdict.rule, f"{verdict.reason}; but {target.host} has no address"))
-        if verdict.rule != "plugin":
-            verdict = self._rules.by_lists(target, addresses)
+        by_plugin = verdict if verdict.rule == "plugin" else None
+        verdict = self._rules.by_deny(target, addresses) or by_plugin or self._rules.by_lists(target, addresses)
         if verdict.is_allowed:
-            verdict = self._rules.by_addresses(target, addresses) or verdict
+            is_configured = target.origin == configured
+            verdict = self._rules.by_addresses(target, addresses, is_configured=is_configured) or verdict
         return decided(verdict)
 
     def _recorded(self, decision: Decision) -> Decision:
@@ -206,7 +229,7 @@ class Outbound:
 
     @contextlib.asynccontextmanager
     async def _open(
-        self, method: str, decision: Decision, headers: Mapping[str, str], limits: Limits
+        self, method: str, decision: Decision, headers: Mapping[str, str], limits: Limits, body: bytes = b""
     ) -> AsyncIterator[httpx.Response]:
         """One request to the first of the judged addresses that takes a connection.
 
@@ -218,7 +241,7 @@ class Outbound:
         async with httpx.AsyncHTTPTransport(verify=verify, trust_env=False) as transport:
             with _translated(target):
                 async with asyncio.timeout(limits.answer_s):
-                    response = await self._first_answer(transport, method, decision, headers, limits)
+                    response = await self._first_answer(transport, method, decision, headers, limits, body)
             try:
                 yield response
             finally:
@@ -231,15 +254,16 @@ class Outbound:
         decision: Decision,
         headers: Mapping[str, str],
         limits: Limits,
+        body: bytes,
     ) -> httpx.Response:
         target = _target(decision)
         *others, last = decision.addresses
         for address in others:
             try:
-                return await transport.handle_async_request(_pinned(target, address, method, headers, limits))
+                return await transport.handle_async_request(_pinned(target, address, method, headers, limits, body))
             except (httpx.ConnectError, httpx.ConnectTimeout):
                 continue
-        return await transport.handle_async_request(_pinned(target, last, method, headers, limits))
+        return await transport.handle_async_request(_pinned(target, last, method, headers, limits, body))
 
     def _context(self) -> ssl.SSLContext:
         if self._tls is None:  # takes tens of milliseconds, and many services never need it
@@ -247,13 +271,16 @@ class Outbound:
         return self._tls
 
 
-def _pinned(target: Target, address: Address, method: str, headers: Mapping[str, str], limits: Limits) -> httpx.Request:
+def _pinned(
+    target: Target, address: Address, method: str, headers: Mapping[str, str], limits: Limits, body: bytes
+) -> httpx.Request:
     host = f"[{address}]" if address.version == 6 else str(address)
     timeout = httpx.Timeout(limits.idle_s, connect=limits.connect_s).as_dict()
     return httpx.Request(
         method,
         f"{target.scheme}://{host}:{target.port}{target.rest}",
         headers={"Host": target.authority, **headers, "Connection": "close"},
+        content=body or None,
         extensions={"timeout": timeout, "sni_hostname": target.host},
     )
 

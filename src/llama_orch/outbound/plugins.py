@@ -10,9 +10,10 @@ A plugin is a package that has an entry point in the group `llama_orch.outbound`
             return Deny("not from here")
 
 It is asked before any name is looked up, once for each request and each redirect, in a thread of its own. It answers
-None (no opinion), Deny, Allow (in place of the lists) or Rewrite (to another URL, which the lists judge and no plugin
-sees again). One Deny is enough; else one Rewrite, else one Allow. What addresses may be called is not for plugins to
-say. A plugin that raises, takes too long, or answers anything else denies.
+None (no opinion), Deny, Allow (in place of `allow` and `default`) or Rewrite (to another URL, which the lists judge
+anew, and plugins once more: then they can only veto). One Deny is enough; else one Rewrite, else one Allow. What `deny`
+names, and what addresses may be called, is not a plugin's to lift. A plugin that raises, takes too long, or answers
+anything else denies.
 """
 
 from __future__ import annotations

@@ -126,10 +126,9 @@ class Rules(NamedTuple):
 
     def by_lists(self, target: Target, addresses: Sequence[Address] | None) -> Verdict:
         """What the lists say. Before the name was looked up (None) a denial is final, an allowance is not."""
+        if (denial := self.by_deny(target, addresses)) is not None:
+            return denial
         found = addresses or ()
-        for index, rule in enumerate(self.deny):
-            if rule.fits_name(target) or any(rule.holds(target, one) for one in found):
-                return Verdict(False, f"deny[{index}]", f"policy.outbound.deny[{index}] names {target.host}")
         for index, rule in enumerate(self.allow):
             is_held = bool(found) and all(rule.holds(target, one) for one in found)
             if rule.fits_name(target) or is_held or (not found and rule.may_hold(target)):
@@ -138,11 +137,21 @@ class Rules(NamedTuple):
             return Verdict(True, "default", "policy.outbound.default is allow, and no entry of deny fits")
         return Verdict(False, "default", "policy.outbound.default is deny, and no entry of allow fits")
 
-    def by_addresses(self, target: Target, addresses: Sequence[Address]) -> Verdict | None:
-        """A denial where one of the addresses may not be called; None where all may."""
+    def by_deny(self, target: Target, addresses: Sequence[Address] | None) -> Verdict | None:
+        """The denial of the first entry of `deny` that fits; None where none does, as far as is known."""
+        for index, rule in enumerate(self.deny):
+            if rule.fits_name(target) or any(rule.holds(target, one) for one in addresses or ()):
+                return Verdict(False, f"deny[{index}]", f"policy.outbound.deny[{index}] names {target.host}")
+        return None
+
+    def by_addresses(
+        self, target: Target, addresses: Sequence[Address], *, is_configured: bool = False
+    ) -> Verdict | None:
+        """A denial where one of the addresses may not be called; None where all may. `is_configured`: the configuration
+        names this very server elsewhere than in the lists, which lifts what an entry of `allow` would."""
         for address in addresses:
             against = kinds(address)
-            is_named = any(rule.holds(target, address) for rule in self.allow)
+            is_named = is_configured or any(rule.holds(target, address) for rule in self.allow)
             if against and not (against <= LIFTABLE and (self.allow_private_addresses or is_named)):
                 words = ", ".join(sorted(against))
                 host = "" if target.address is not None else f"{target.host} stands for "

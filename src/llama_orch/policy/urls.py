@@ -29,6 +29,11 @@ _is_number = re.compile(r"\d+|0x[0-9a-f]*").fullmatch
 _SAFE = "/?:@!$&'()*+,;=~-._%"  # stays as it is in a path and a query; `%` may begin an escape
 
 
+def without_query(reference: str) -> str:
+    """A model reference as it may be told and logged: what follows a `?` of a URL is a signature or a token, often."""
+    return reference.partition("?")[0] if reference.startswith("https:") else reference
+
+
 class BadUrl(Exception):
     """The text is no URL that the service requests. `rule` is `invalid-url` or `scheme`; the message says why."""
 

@@ -47,15 +47,20 @@ class Bars:
         entry = self._catalog.book.find(reference)
         if entry is None or (reference == entry.source and not entry.is_fetched):
             return  # what somebody declared of a file of this machine is no matter of those who name the file itself
-        if entry.is_fetched and entry.file is None:
-            raise NotFound(f"the file of model {entry.id!r} was not fetched yet; `llama-orch models fetch {entry.id}`")
+        if entry.is_absent:
+            if entry.is_retired:
+                raise refusals.barred(None, _retired(entry))
+            raise NotFound(
+                f"the file of model {entry.id!r} was not fetched yet; `llama-orch models fetch {entry.id}`, "
+                "or set `on_demand.fetch` in the configuration"
+            )
         entry = self._fresh(entry)
         if trust.needs_verification(entry, self._catalog.policy) and not entry.is_retired:
             entry = await self._catalog.verified(entry, PATIENCE_S)
         if (bar := self._bar_of(entry)) is not None:
             raise refusals.barred(None, bar)
 
-    def check_file(self, reference: str, path: Path) -> None:
+    def check_file(self, reference: str, path: Path | None) -> None:
         """The same for a model that no pool has yet, now that its file is known."""
         if (bar := self._bar_of_model((reference,), path)) is not None:
             raise refusals.barred(None, bar)
@@ -73,9 +78,9 @@ class Bars:
 
     def _bar_of(self, entry: Entry) -> Bar | None:
         if entry.is_retired:
-            return Bar(
-                BarKind.RETIRED, f"model {entry.id!r} is retired; use another one, or have it put back in service"
-            )
+            return _retired(entry)
+        if entry.is_absent:
+            return None  # there is nothing to look at yet
         if trust.needs_verification(entry, self._catalog.policy):
             wait_ms = self._wait_ms(entry)
             return Bar(BarKind.UNVERIFIED, f"model {entry.id!r} is being verified; repeat in {wait_ms} ms", wait_ms)
@@ -143,7 +148,10 @@ class Bars:
     def hindrance(self, entry: Entry) -> str | None:
         """Why the entry cannot be deleted."""
         for pool in self._pools_of(entry):
-            if pool.spec.model == entry.id and not pool.spec.is_on_demand:
+            if pool.is_arriving and not pool.is_idle:
+                return f"tasks of pool {pool.spec.pool_id} wait for its file; cancel them first"
+            is_its_model = pool.spec.model == entry.id or (entry.is_fetched and pool.spec.model == entry.source)
+            if is_its_model and not pool.spec.is_on_demand:
                 return f"it is the model of pool {pool.spec.pool_id}; reload that with another one first"
             if pool.is_loaded or not pool.is_idle:
                 return f"pool {pool.spec.pool_id} has it loaded; retire it, drain the pool or reload it first"
@@ -181,6 +189,10 @@ class Bars:
             return None
         lack = Bar(BarKind.UNTRUSTED, f"the trust policy is strict, and the catalog has no entry for {names[0]!r}")
         return next((bar for bar in bars if bar is not None), lack)
+
+
+def _retired(entry: Entry) -> Bar:
+    return Bar(BarKind.RETIRED, f"model {entry.id!r} is retired; use another one, or have it put back in service")
 
 
 def _names(pool: Pool) -> list[str]:

@@ -9,7 +9,10 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from msgspec import structs
 
 from llama_orch.contract.config import PoolSettings
 from llama_orch.contract.models import ReplicaState
@@ -17,7 +20,7 @@ from llama_orch.core.pool import Pool, PoolSpec
 from llama_orch.core.queue import TaskQueue
 from llama_orch.core.replica import Replica
 from llama_orch.devices.inventory import Source
-from llama_orch.engines.base import Engine, ReplicaSpec
+from llama_orch.engines.base import Engine, Offer, ReplicaSpec, WorkerFacts
 from llama_orch.models.calibration import Calibration, CalibrationKey
 from llama_orch.runtime.library import Library, Model
 
@@ -32,6 +35,11 @@ class Seat:
     slots: int
     need_bytes: dict[str, int]
     problem: str | None = None
+
+    @property
+    def backend(self) -> Literal["cuda", "cpu", "simulated", "remote"]:
+        """Of its devices; a replica without any is on a server elsewhere."""
+        return self.mask[0].backend if self.mask else "remote"
 
 
 @dataclass(slots=True)
@@ -99,7 +107,7 @@ class Builder:
 
     def need(self, draft: Draft, mask: Sequence[Source], slots: int) -> dict[str, int]:
         """What a replica takes of each of its devices; nothing where nobody knows."""
-        total = draft.model.need(draft.settings.ctx, slots, mask[0].backend)
+        total = None if not mask else draft.model.need(draft.settings.ctx, slots, mask[0].backend)
         if total is None:
             return {}
         total = self._corrected(total, draft, mask[0], slots)
@@ -117,11 +125,18 @@ class Builder:
     # -- seats ---------------------------------------------------------------------------------------------------------
 
     def draft(self, settings: PoolSettings, model: Model) -> Draft:
+        """What a server elsewhere has is its own, whatever is said of the pool."""
+        there = model.elsewhere
+        if there is not None:
+            settings = structs.replace(settings, slots=there.slots, ctx=there.ctx)
         return Draft(settings, self.engines[settings.engine], model)
 
     def seat(self, draft: Draft, room: Room, *, claim: bool = True) -> None:
         """Find the places of the draft's replicas: `auto` with one slot each for now."""
         settings = draft.settings
+        if draft.model.elsewhere is not None:
+            draft.seats.append(Seat([], settings.slots, {}))
+            return
         is_auto = settings.replicas == "auto"
         for mask in self._masks(settings):
             slots = 1 if is_auto else self._slots_asked(draft)
@@ -139,7 +154,7 @@ class Builder:
         """One more slot for each replica of an `auto` pool that has room for it; False when none had."""
         has_grown = False
         for seat in draft.seats if draft.settings.replicas == "auto" else ():
-            if seat.problem is not None or seat.slots >= self._slots_asked(draft):
+            if seat.problem is not None or seat.slots >= self._slots_asked(draft) or not seat.mask:
                 continue
             wider = self.need(draft, seat.mask, seat.slots + 1)
             more = {d: need - seat.need_bytes[d] for d, need in wider.items()}
@@ -180,22 +195,29 @@ class Builder:
             replica = Replica(
                 replica_id, settings.id, device_ids, seat.slots, state, seat.need_bytes, is_pinned=is_pinned
             )
+            replica.is_remote = draft.model.elsewhere is not None
             if settings.replicas == "auto" and not is_pinned:
                 # How many slots it gets is seen when it is loaded.
                 replica.sizes = tuple(self.need(draft, seat.mask, count) for count in range(1, seat.slots + 1))
                 replica.shrink()
             if seat.problem is not None:
                 replica.refuse(seat.problem)
-            elif state is ReplicaState.LOADING and seat.mask[0].backend != "cuda":
+            elif state is ReplicaState.LOADING and seat.backend not in ("cuda", "remote"):
                 self._on_cpu += 1
             replicas[replica_id] = replica
-            threads = self.threads(seat.mask[0], is_staying=state is ReplicaState.LOADING)
+            threads = self.threads(seat.backend, is_staying=state is ReplicaState.LOADING)
             workers[replica_id] = (draft.engine, self._worker_spec(draft, replica_id, seat, threads))
-        queue = TaskQueue(settings.queue.capacity, settings.queue.full_policy)
-        return Built(Pool(self._pool_spec(draft, is_on_demand), queue, replicas), workers)
+        spec = self._pool_spec(draft, offer_for(draft.engine, draft.model), is_on_demand)
+        return Built(Pool(spec, _queue(settings), replicas), workers)
 
-    def _pool_spec(self, draft: Draft, is_on_demand: bool) -> PoolSpec:
-        settings, traits, offer = draft.settings, draft.engine.traits, draft.engine.offer(draft.model.path)
+    def arriving(self, settings: PoolSettings, model: Model) -> Pool:
+        """A pool without replicas, whose model's file is still to come: it offers what its engine can do at all."""
+        draft = self.draft(settings, model)
+        offer = Offer(draft.engine.traits.workloads, draft.engine.traits.features)
+        return Pool(self._pool_spec(draft, offer, True), _queue(settings), {}, is_arriving=True)
+
+    def _pool_spec(self, draft: Draft, offer: Offer, is_on_demand: bool) -> PoolSpec:
+        settings, traits = draft.settings, draft.engine.traits
         keep_ms = settings.keep_alive_ms
         return PoolSpec(
             pool_id=settings.id,
@@ -212,6 +234,10 @@ class Builder:
             full_policy=settings.queue.full_policy,
             strict_needs_exclusive=traits.strict_needs_exclusive,
             reads_whole_ctx=offer.reads_whole_ctx,
+            tool_syntax=offer.tool_syntax,
+            can_be_strict=traits.can_be_strict,
+            is_known=not traits.is_remote,
+            lacks=offer.lacks,
             keep_alive_s=None if keep_ms is None else keep_ms / 1000,
             is_on_demand=is_on_demand,
             kv_bytes_per_token=draft.model.kv_bytes_per_token(settings.ctx),
@@ -224,21 +250,47 @@ class Builder:
             model_path=draft.model.path,
             slots=seat.slots,
             ctx=draft.settings.ctx,
-            backend=seat.mask[0].backend,
+            backend=seat.backend,
             device_uuids=tuple(source.uuid for source in seat.mask if source.uuid is not None),
             threads=threads,
             tensor_split=tuple(draft.settings.tensor_split or ()),
+            model=draft.model.reference,
         )
 
-    def threads(self, source: Source, *, is_staying: bool) -> int:
+    def threads(self, backend: str, *, is_staying: bool) -> int:
         """Replicas that compute on the CPU share its cores; one thread serves a card. What does not stay loaded runs
         beside those that do, and one on each device at least: more threads than cores wait for one another, and a token
         takes a hundred times as long."""
-        if source.backend == "cuda":
+        if backend in ("cuda", "remote"):
             return 1
         on_cpu = sum(1 for one in self.sources.values() if one.backend != "cuda")
         sharing = self._on_cpu if is_staying else max(self._on_cpu + 1, on_cpu)
         return max(1, math.floor(len(os.sched_getaffinity(0)) / max(1, sharing)))
+
+
+def _queue(settings: PoolSettings) -> TaskQueue:
+    return TaskQueue(settings.queue.capacity, settings.queue.full_policy)
+
+
+def offer_for(engine: Engine, model: Model) -> Offer:
+    """What the engine does with the model, as far as is known before it is loaded."""
+    if model.path is None:
+        return model.elsewhere.offer if model.elsewhere is not None else Offer(engine.traits.workloads)
+    return engine.offer(model.path)
+
+
+def spec_as_found(spec: PoolSpec, facts: WorkerFacts) -> PoolSpec:
+    """With what a server elsewhere turned out to have."""
+    offer = facts.offer or Offer(spec.workloads, spec.features, lacks=spec.lacks)
+    return replace(
+        spec,
+        slots=facts.slots,
+        ctx=facts.ctx,
+        workloads=offer.workloads,
+        features=offer.features,
+        is_known=True,
+        lacks=offer.lacks,
+    )
 
 
 def calibration_key(digest: str, engine_version: str, ctx: int, slots: int, source: Source) -> CalibrationKey:

@@ -11,13 +11,20 @@ import logging
 from collections import deque
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Protocol
 
 from msgspec import structs
 
 from llama_orch.contract.config import Settings
 from llama_orch.contract.models import CatalogModelRequest, ModelState
-from llama_orch.errors import Conflict, InvalidParams, LlorchError, NotFound, PolicyDenied, UntrustedArtifact
+from llama_orch.errors import (
+    Conflict,
+    InvalidParams,
+    LlorchError,
+    NotFound,
+    PolicyDenied,
+    StorageUnavailable,
+    UntrustedArtifact,
+)
 from llama_orch.models import trust
 from llama_orch.models.catalog import CatalogBook, Entry, Finding, Sight
 from llama_orch.models.digest import file_key
@@ -27,7 +34,8 @@ from llama_orch.observe.catalog import CatalogJournal
 from llama_orch.runtime.decoding import Spawn
 from llama_orch.runtime.download import url_of
 from llama_orch.runtime.fetches import Fetches
-from llama_orch.runtime.hashing import Examine
+from llama_orch.runtime.hashing import Examine, Hashing
+from llama_orch.runtime.records import Records
 
 log = logging.getLogger("llama_orch.catalog")
 
@@ -35,52 +43,16 @@ ENTRIES_MAX = 4096
 HASHED_AT_ONCE = 1  # a disk reads one file fastest
 HURRIED_AT_ONCE = 4  # with those that tasks wait for
 
+# A model from elsewhere whose file is there, or does not come, and why.
+Settled = Callable[[Entry, LlorchError | None], Awaitable[None]]
 # A reference -> its file as it is, and where it is. Raises ModelNotFound. Does not hold up the event loop.
 Glance = Callable[[str], Awaitable[tuple[Sight, Path]]]
 
 
-class Records(Protocol):
-    """Where entries are kept."""
-
-    async def load(self) -> list[Entry]:
-        """All of them. Raises StorageUnavailable."""
-
-    async def put(self, entry: Entry) -> None:
-        """It is on the disk when this returns. Raises StorageUnavailable."""
-
-    async def remove(self, model_id: str) -> None: ...
-
-
-class Unkept:
-    """For a service that keeps nothing: rehearsals, and tests of other things."""
-
-    async def load(self) -> list[Entry]:
-        return []
-
-    async def put(self, entry: Entry) -> None:
-        """There is no disk."""
-
-    async def remove(self, model_id: str) -> None:
-        """There is no disk."""
-
-
-class Hashing:
-    """A verification that is under way."""
-
-    def __init__(self) -> None:
-        self.is_running = False
-        self.read_bytes = 0
-        self.total_bytes: int | None = None
-        self.began_s: float | None = None
-        self.done = asyncio.Event()
-
-    def progress(self, read_bytes: int, total_bytes: int) -> None:
-        self.read_bytes, self.total_bytes = read_bytes, total_bytes
-
-
 class Catalog:
     """One service's catalog. `is_known` False: the book could not be read yet, and is read before anything is done with
-    it. `wall` gives seconds since the epoch."""
+    it. `is_alone`: the book has every entry, and no other service works in its folder. `wall` gives seconds since the
+    epoch."""
 
     def __init__(
         self,
@@ -93,8 +65,10 @@ class Catalog:
         journal: CatalogJournal,
         *,
         is_known: bool = True,
+        is_alone: bool = False,
     ) -> None:
         self.book = book
+        self._is_alone = is_alone
         self.policy = settings.catalog.trust_policy
         self.roots = FileRoots(settings.catalog.file_roots)
         self._configured = {pool.model for pool in settings.pools}
@@ -111,19 +85,27 @@ class Catalog:
         self._under_way: dict[str, Hashing] = {}
         self._spawn: Spawn | None = None
         self._changed: Callable[[], None] = lambda: None
+        self._settled: Settled | None = None
 
-    def bind(self, spawn: Spawn, changed: Callable[[], None]) -> None:
-        """From now on `changed` is called after each change."""
-        self._spawn, self._changed = spawn, changed
+    def bind(self, spawn: Spawn, changed: Callable[[], None], settled: Settled) -> None:
+        """From now on `changed` is called after each change, and `settled` once a fetch has come to its end."""
+        self._spawn, self._changed, self._settled = spawn, changed, settled
 
     async def begin(self) -> None:
         """Look for all files, and do what was asked for before the service ended."""
+        if self._is_alone and self.fetches is not None:
+            swept = await asyncio.to_thread(self.fetches.sweep, self.book)
+            if swept:
+                log.info("%d files that no model has any more were removed", swept)
         for entry in self.book:
-            await self._look_again(entry)
-            if entry.is_due:
-                self._start(entry)
-            if entry.is_fetch_due:
-                self._start_fetch(entry)
+            await self._take_up(entry)
+
+    async def _take_up(self, entry: Entry) -> None:
+        await self._look_again(entry)
+        if entry.is_due:
+            self.start(entry)
+        if entry.is_fetch_due:
+            self._start_fetch(entry)
 
     async def _look_again(self, entry: Entry) -> None:
         """Where its file is now, and whether it is still the one that was verified."""
@@ -145,7 +127,7 @@ class Catalog:
         if not self._is_known:
             for entry in await self._records.load():
                 self.book.put(entry)
-                await self._look_again(entry)
+                await self._take_up(entry)
             self._is_known = True
             self._changed()
 
@@ -183,6 +165,10 @@ class Catalog:
         except ModelNotFound as error:
             raise InvalidParams(f"`source_url`: {error}") from error
         return structs.replace(entry, sight=sight), path
+
+    def file_of(self, entry: Entry) -> Path | None:
+        """The file that was fetched for it."""
+        return None if entry.file is None or self.fetches is None else (self.fetches.folder / entry.file).resolve()
 
     def _where(self, entry: Entry) -> str:
         """The file's own reference."""
@@ -222,7 +208,8 @@ class Catalog:
             await self._records.remove(model_id)
             self.book.remove(entry)
             if self.fetches is not None and entry.is_fetched:
-                self.fetches.stop(entry)
+                await self.fetches.stop(entry)
+        await self._tell(entry, NotFound(f"model {model_id!r} was deleted from the catalog"))
         self._journal.removed(entry)
         self._changed()
 
@@ -250,7 +237,7 @@ class Catalog:
             return entry
         if self.fetches is None:
             raise PolicyDenied("this service keeps no files from elsewhere")
-        await self.fetches.check(entry)
+        await self.fetches.check(entry.source)
         async with self._turn:
             entry = await self.get(model_id)
             if entry.file is None:
@@ -268,14 +255,22 @@ class Catalog:
             now = self.book.get(entry.id)
             if now is None or now.number != entry.number:
                 return
-            entry = await self._changed_to(now, file=file, finding=finding, is_fetch_due=False)
-            sight, path = await self._glance(self._where(entry))
+            here = structs.replace(now, file=file)
+            try:
+                sight, path = await self._glance(self._where(here))
+            except ModelNotFound as error:
+                raise StorageUnavailable("the file that was fetched is gone again; fetch it once more") from error
+            entry = await self._changed_to(here, finding=finding, sight=sight, is_fetch_due=False)
             self.book.put_path(entry, path)
-            entry = await self._changed_to(entry, sight=sight)
         self._journal.verified(entry, trust.judge(entry.declared, finding, self.policy))
         self._changed()
+        await self._tell(entry, None)
 
-    async def fetch_failed(self, entry: Entry) -> None:
+    async def _tell(self, entry: Entry, error: LlorchError | None) -> None:
+        if self._settled is not None and entry.is_fetched:
+            await self._settled(entry, error)
+
+    async def fetch_failed(self, entry: Entry, failure: LlorchError) -> None:
         """It is not tried again before somebody asks."""
         async with self._turn:
             now = self.book.get(entry.id)
@@ -285,6 +280,7 @@ class Catalog:
                     await self._records.put(structs.replace(now, is_fetch_due=False))
                 except LlorchError as error:
                     log.warning("that the fetch of model %s failed could not be kept: %s", entry.id, error)
+        await self._tell(entry, failure)
 
     # -- verification ------------------------------------------------------------------------------------------------
 
@@ -318,7 +314,10 @@ class Catalog:
 
     def unverified(self, entry: Entry) -> Entry:
         """The entry from now on: its file is another one than was verified."""
-        changed = structs.replace(entry, finding=None)
+        now = self.book.get(entry.id)
+        if now is None or now.number != entry.number:
+            return entry
+        changed = structs.replace(now, finding=None)
         self.book.put(changed)
         return changed
 
@@ -382,9 +381,11 @@ class Catalog:
             if entry is None or entry.number != examined.number:  # deleted meanwhile, and perhaps another has its id
                 return
             changed = structs.replace(entry, finding=finding, sight=sight, is_due=False)
+            if entry.file != examined.file:  # it was fetched meanwhile, and looked at then
+                changed = structs.replace(entry, is_due=False)
             self.book.put(changed)  # it holds whether or not it can be kept
             try:
                 await self._records.put(changed)
             except LlorchError as error:
                 log.warning("the verification of model %s could not be kept: %s", entry.id, error)
-        self._journal.verified(changed, trust.judge(changed.declared, finding, self.policy))
+        self._journal.verified(changed, trust.judge(changed.declared, changed.finding or finding, self.policy))

@@ -57,8 +57,9 @@ class CatalogService:
         entry, fetches = self._catalog.book.get(model_id), self._catalog.fetches
         if entry is None:
             raise NotFound(f"the catalog has no model {model_id!r}")
+        on_close = self._orchestrator.count_stream()
         under_way = None if fetches is None else fetches.of(entry)
-        return FetchReader(lambda: self._fetch(self._catalog.book.get(model_id) or entry), under_way)
+        return FetchReader(lambda: self._fetch(entry) if under_way is None else under_way.view(), under_way, on_close)
 
     def _fetch(self, entry: Entry) -> ModelFetch:
         return at_rest(entry) if self._catalog.fetches is None else self._catalog.fetches.view(entry)
@@ -96,6 +97,8 @@ class CatalogService:
         if under_way is not None:
             state = VerificationState.RUNNING if under_way.is_running else VerificationState.QUEUED
             return _verification(state, read_bytes=under_way.read_bytes, total_bytes=under_way.total_bytes)
+        if entry.is_due:  # taken up in a moment: the service has just begun
+            return _verification(VerificationState.QUEUED)
         judgement = self._catalog.judgement(entry)
         if finding is None or judgement is None:
             return _verification(VerificationState.UNVERIFIED)

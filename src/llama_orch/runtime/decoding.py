@@ -10,9 +10,10 @@ from typing import Any, NamedTuple
 from llama_orch.clock import Clock
 from llama_orch.context import correlation_id
 from llama_orch.contract.config import Settings
+from llama_orch.core import refusals
 from llama_orch.core.scheduler import Scheduler
 from llama_orch.core.task import ENDED, Outcome, Task
-from llama_orch.engines.base import DecodeStalled, EngineBusy, EngineError, JobRefused, WorkerLost
+from llama_orch.engines.base import DecodeStalled, EngineBusy, EngineError, JobRefused, RunLost, RunStalled, WorkerLost
 from llama_orch.errors import DecodeTimeout, Internal, InvalidParams, ReplicaExhausted
 from llama_orch.observe.journal import Journal
 from llama_orch.runtime import intake, jobs
@@ -126,6 +127,12 @@ class Decoding:
                 raise
         except WorkerLost as error:
             self._replicas.condemn(replica_id, str(error))  # its loss ends the task
+        except RunStalled as error:
+            timeout = DecodeTimeout(f"{error}; submit the task again", engine=engine, retry_after_ms=1000)
+            self._scheduler.failed(task.task_id, timeout, self._clock.now())
+        except RunLost as error:
+            lost = refusals.reset(task.pool, replica_id, str(error))
+            self._scheduler.failed(task.task_id, lost, self._clock.now())
         except DecodeStalled as error:
             timeout = DecodeTimeout(f"{error}; submit the task again", engine=engine, retry_after_ms=1000)
             self._scheduler.failed(task.task_id, timeout, self._clock.now(), is_replica_sound=False)

@@ -26,11 +26,14 @@ import msgspec
 
 from llama_orch.errors import InvalidParams, LlorchError, StorageUnavailable, UpstreamFailed
 from llama_orch.outbound.door import Limits, Outbound, Reply
+from llama_orch.policy.urls import BadUrl, parse_target
 
 FILE_BYTES_MAX = 1 << 40
 SPARE_BYTES = 1 << 30  # of the disk, which a fetch leaves free
 SYNC_BYTES = 32 << 20  # between two notes of what is on the disk for certain
-ATTEMPTS_MAX = 5  # in a row that brought nothing
+ATTEMPTS_MAX = 5  # in a row that brought no more than
+PROGRESS_BYTES = 1 << 20
+PACE_S, PACE_BYTES = 60.0, 1 << 16  # what has to come in such a time: fetches come one after the other, and others wait
 BACKOFF_S, BACKOFF_MAX_S = 1.0, 60.0
 HUB = "https://huggingface.co"
 _BUSY = (
@@ -51,6 +54,10 @@ def url_of(source: str, env: Mapping[str, str]) -> tuple[str, dict[str, str]]:
     """Where the file of an `hf:` or `https:` source is, and the headers for that origin. Raises InvalidParams."""
     kind, _, rest = source.partition(":")
     if kind == "https":
+        try:
+            parse_target(source)
+        except BadUrl as error:  # it may hold a password: it is not repeated
+            raise InvalidParams(f"the reference is no URL that is fetched: {error}") from error
         return source, {}
     parts = rest.split("/")
     if len(parts) < 3 or not all(_NAME.fullmatch(part) for part in parts):
@@ -59,6 +66,11 @@ def url_of(source: str, env: Mapping[str, str]) -> tuple[str, dict[str, str]]:
     endpoint, token = env.get("HF_ENDPOINT", "").rstrip("/") or HUB, env.get("HF_TOKEN", "").strip()
     url = f"{endpoint}/{organisation}/{repository}/resolve/main/{quote('/'.join(path))}"
     return url, {"authorization": f"Bearer {token}"} if token else {}
+
+
+def note_of(partial: Path) -> Path:
+    """Where that which is known of a partial file stands."""
+    return partial.with_suffix(".json")
 
 
 class Note(msgspec.Struct, frozen=True, kw_only=True):
@@ -94,7 +106,7 @@ class Download:
         self._outbound = outbound
         self._url, self._headers = url_of(source, env)
         self._partial = partial
-        self._note_path = partial.with_suffix(".json")
+        self._note_path = note_of(partial)
         self._progress = progress
         self._size_bytes = size_bytes
         self._sleep = sleep
@@ -105,14 +117,14 @@ class Download:
 
     async def run(self) -> None:
         """Until the partial file is whole. Raises PolicyDenied, UpstreamFailed, StorageUnavailable."""
-        failures, before = 0, -1
+        failures, before = 0, -PROGRESS_BYTES
         while True:
             try:
                 return await self._attempt()
             except _TryAgain as error:
                 kept = self._kept()
-                failures = 0 if kept > before else failures + 1
-                before = kept
+                failures = 0 if kept >= before + PROGRESS_BYTES else failures + 1
+                before = kept if failures == 0 else before
                 if failures >= ATTEMPTS_MAX:
                     raise UpstreamFailed(f"the fetch was given up after {ATTEMPTS_MAX} attempts: {error}") from error
                 wait_s = error.wait_s or BACKOFF_S * 2**failures
@@ -121,7 +133,7 @@ class Download:
     async def _attempt(self) -> None:
         note = self._note()
         kept = 0 if note is None else note.kept_bytes
-        limits = Limits(self._bytes_max(), total_s=None)
+        limits = Limits(FILE_BYTES_MAX, total_s=None)
         asked = {} if note is None else {"range": f"bytes={kept}-", "if-range": note.etag}
         try:
             fetch = self._outbound.fetch(self._url, purpose="model", limits=limits, headers=self._headers | asked)
@@ -137,7 +149,12 @@ class Download:
         match reply.http_status:
             case HTTPStatus.OK:
                 length = reply.headers.get("content-length", "")
-                return 0, self._total(int(length) if length.isdecimal() and len(length) < 19 else None)
+                total = self._total(int(length) if length.isdecimal() and len(length) < 19 else None)
+                if total is None and "chunked" not in reply.headers.get("transfer-encoding", ""):
+                    raise _Refused(  # a connection that breaks would look like the file's end
+                        f"{reply.target.host} does not say how large the file is; declare its size in a manifest"
+                    )
+                return 0, total
             case HTTPStatus.PARTIAL_CONTENT:
                 found = _range(reply.headers.get("content-range", ""))
                 if found is None or int(found[1]) != kept:
@@ -154,12 +171,13 @@ class Download:
     def _total(self, total: int | None) -> int | None:
         if total is not None and self._size_bytes not in (None, total):
             raise _Refused(f"the file has {total} bytes there, and {self._size_bytes} were declared")
+        total = self._size_bytes if total is None else total
         if total is not None and total > self._bytes_max():
             raise StorageUnavailable(f"the file has {total} bytes, for which there is no room; free some space")
-        return self._size_bytes if total is None else total
+        return total
 
     def _bytes_max(self) -> int:
-        """What may still come without filling the disk."""
+        """How large the file may get without filling the disk."""
         held = self._partial.stat().st_size if self._partial.exists() else 0
         room = shutil.disk_usage(self._partial.parent).free - SPARE_BYTES + held
         return max(0, min(FILE_BYTES_MAX, room))
@@ -167,18 +185,23 @@ class Download:
     async def _receive(self, reply: Reply, start: int, total: int | None) -> None:
         etag = reply.headers.get("etag", "")
         etag = etag if _strong_etag(etag) else ""
-        received = start
+        received, received_max = start, self._bytes_max()
         self._progress(received, total)
         with self._opened(start) as file:
             try:
                 pieces, held = [], 0
+                pace = _Pace(received)
                 async for chunk in reply.chunks():
                     pieces.append(chunk)
                     held += len(chunk)
                     received += len(chunk)
                     if total is not None and received > total:
                         raise _TryAgain(f"{reply.target.host} sends more than it said")
+                    if received > received_max:  # it did not say
+                        raise StorageUnavailable(f"there is no room for more than {received_max} bytes of the file")
                     self._progress(received, total)
+                    if pace.is_too_slow(received):
+                        raise _TryAgain(f"{reply.target.host} sends too slowly")
                     if held >= SYNC_BYTES:
                         await asyncio.to_thread(self._write, file, pieces, etag)
                         pieces, held = [], 0
@@ -199,7 +222,9 @@ class Download:
 
     def _write(self, file: BinaryIO, pieces: list[bytes], etag: str) -> None:
         """First the bytes, then the note that they are there."""
-        file.write(b"".join(pieces))
+        left = memoryview(b"".join(pieces))
+        while left:  # on a disk that gets full a write takes less than it was given, and only the next one fails
+            left = left[file.write(left) :]
         os.fsync(file.fileno())
         if etag:
             note = msgspec.json.encode(Note(url=self._url, etag=etag, kept_bytes=file.tell()))
@@ -237,6 +262,20 @@ class Download:
         """The partial file is of no use."""
         self._forget()
         self._partial.unlink(missing_ok=True)
+
+
+class _Pace:
+    """Whether the other side keeps up a pace, from when it began to send."""
+
+    def __init__(self, received: int) -> None:
+        self._since_s, self._had = asyncio.get_running_loop().time(), received
+
+    def is_too_slow(self, received: int) -> bool:
+        now = asyncio.get_running_loop().time()
+        if now < self._since_s + PACE_S:
+            return False
+        came, self._since_s, self._had = received - self._had, now, received
+        return came < PACE_BYTES
 
 
 class _Refused(LlorchError):

@@ -23,6 +23,20 @@ Examine = Callable[[Path, Progress, Callable[[], float]], Awaitable[Finding]]
 _LINE_BYTES_MAX = 1 << 16
 
 
+class Hashing:
+    """A verification that is under way."""
+
+    def __init__(self) -> None:
+        self.is_running = False
+        self.read_bytes = 0
+        self.total_bytes: int | None = None
+        self.began_s: float | None = None
+        self.done = asyncio.Event()
+
+    def progress(self, read_bytes: int, total_bytes: int) -> None:
+        self.read_bytes, self.total_bytes = read_bytes, total_bytes
+
+
 class HashingProcess:
     """Examines one file at a time for each call. `digests` remembers."""
 
@@ -37,7 +51,10 @@ class HashingProcess:
         if known is not None:
             key, digest, size_bytes = known
             return Finding(at_s=wall(), key=key, digest=digest, size_bytes=size_bytes)
-        said = await _hashed(path, progress)
+        try:
+            said = await _hashed(path, progress)
+        except OSError as error:  # no process can be started: too many are running, or no descriptor is left
+            return Finding(at_s=wall(), error=f"no process could read the file: {error.strerror}; verify it again")
         if "digest" not in said:
             return Finding(at_s=wall(), error=said["error"])
         await asyncio.to_thread(self._digests.remember, said["key"], said["digest"])

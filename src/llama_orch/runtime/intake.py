@@ -12,13 +12,15 @@ import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from msgspec import UNSET
+from msgspec import UNSET, structs
 
-from llama_orch.contract.models import TaskRequest
+from llama_orch.contract.models import ChatMessage, TaskRequest
 from llama_orch.core import admission, refusals
 from llama_orch.core.pool import Pool
 from llama_orch.core.prediction import Predictor
-from llama_orch.engines.base import Engine, EngineError, JobRefused, Worker, WorkerLost
+from llama_orch.core.tool_syntax import SYNTAXES
+from llama_orch.core.tooling import grammar_of_tools, message_in_full, tool_in_full
+from llama_orch.engines.base import Engine, EngineError, JobRefused, Message, Worker, WorkerLost
 from llama_orch.errors import InvalidParams, PoolUnready
 from llama_orch.runtime.replicas import Replicas
 
@@ -55,9 +57,13 @@ class Intake:
 
     async def _grammar(self, pool: Pool, request: TaskRequest) -> str | None:
         """Refuses what could hurt the engine, before it gets there."""
-        if request.sampling is UNSET or not admission.is_constrained(request):
+        syntax = pool.spec.tool_syntax
+        if request.tools is not UNSET and syntax is not None:
+            grammar = await asyncio.to_thread(grammar_of_tools, request, request.tools, SYNTAXES[syntax])
+        elif request.sampling is not UNSET and admission.is_constrained(request):
+            grammar = await asyncio.to_thread(admission.grammar_of, request.sampling)
+        else:
             return None
-        grammar = await asyncio.to_thread(admission.grammar_of, request.sampling)
         try:
             async with asyncio.timeout(GRAMMAR_LIMIT_S):
                 reason = await self._engines[pool.spec.engine].grammar_refusal(grammar)
@@ -102,7 +108,7 @@ class Intake:
 
     def _bounded(self, pool: Pool, request: TaskRequest, now: float) -> Measured:
         """Without a worker to ask, only what fits by its bytes is let in."""
-        prompts = raw_prompts(request)
+        prompts = admission.texts(request)
         asked = (request.max_tokens or 1) if admission.writes(request) else 0
         bounds = admission.token_bounds(request, prompts)
         if bounds and all(bound + asked <= pool.spec.ctx for bound in bounds):
@@ -118,13 +124,19 @@ async def count(worker: Worker, request: TaskRequest, prompts: Sequence[str]) ->
 async def render(worker: Worker, request: TaskRequest) -> Sequence[str]:
     """The request's prompts; a conversation goes through the model's own template."""
     if request.messages is None:
-        return raw_prompts(request)
-    messages = [{"role": message.role.value, "content": message.content} for message in request.messages]
-    return [await worker.render_chat(messages)]
+        return admission.texts(request)
+    tools: list[Message] | None = None
+    if request.tools is not UNSET:
+        tools = [tool_in_full(function) for function in request.tools.functions]
+    return [await worker.render_chat(plain(request.messages), tools)]
 
 
-def raw_prompts(request: TaskRequest) -> Sequence[str]:
-    """The prompts that need no template; none for `messages`."""
-    if request.prompt is not None:
-        return [request.prompt]
-    return request.inputs or []
+def plain(messages: Sequence[ChatMessage]) -> list[Message]:
+    """The conversation as engines are given it."""
+    return [message_in_full(message) for message in messages]
+
+
+def with_lower_ids(request: TaskRequest) -> TaskRequest:
+    """A UUID is the same in either case of its letters, and so is what it names."""
+    ids = {name: value.lower() for name in ("task_id", "session_id") if (value := getattr(request, name)) is not None}
+    return structs.replace(request, **ids) if ids else request

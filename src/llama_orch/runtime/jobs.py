@@ -13,6 +13,8 @@ from llama_orch.contract.models import FinishReason, KvHint, TaskRequest, Worklo
 from llama_orch.core import admission
 from llama_orch.core.task import Outcome, Task
 from llama_orch.engines.base import Chunk, Completion, Job, KvReuse, Reading, ReadJob, Sampling, Worker
+from llama_orch.runtime import intake
+from llama_orch.runtime.answer import AnswerWriter, syntax_of
 from llama_orch.runtime.streams import TaskStream
 
 # Task.inputs run one after the other; each but the first gets a seed of its own, so that equal inputs may differ.
@@ -46,6 +48,7 @@ def sampling_of(request: TaskRequest, profile: SamplerProfileSettings, grammar: 
         repeat_penalty=chosen("repeat_penalty"),
         stop=() if own is UNSET or own.stop is None else tuple(own.stop),
         grammar=grammar,
+        json_schema=None if own is UNSET else own.json_schema,
     )
 
 
@@ -64,14 +67,15 @@ async def decode(task: Task, given: Assignment, stream: TaskStream, progressed: 
     done: list[Completion] = []
     for number, prompt in enumerate(given.prompts):
         job = _job(task, prompt, number, given)
+        answer = AnswerWriter(task, stream)
         async with aclosing(given.worker.generate(job)) as items:
             async for item in items:
                 if isinstance(item, Chunk):
                     progressed(item.tokens)
-                    if item.text:
-                        stream.token(item.text)
+                    answer.write(item)
                 else:
                     done.append(item)
+        answer.end()
     return _outcome(done)
 
 
@@ -111,6 +115,9 @@ def _job(task: Task, prompt: str, number: int, given: Assignment) -> Job:
         slot=_slot(task),
         kv_reuse=kv_reuse(task),
         idle_timeout_s=given.idle_timeout_s,
+        logprobs=task.request.logprobs,
+        kept_tokens=() if (syntax := syntax_of(task)) is None else syntax.kept,
+        messages=() if task.request.messages is None else tuple(intake.plain(task.request.messages)),
     )
 
 

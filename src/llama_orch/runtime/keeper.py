@@ -15,7 +15,7 @@ from llama_orch.core.scheduler import Scheduler
 from llama_orch.devices.inventory import Source
 from llama_orch.engines.base import WorkerFacts
 from llama_orch.observe.journal import Journal
-from llama_orch.runtime.builder import Builder, calibration_key
+from llama_orch.runtime.builder import Builder, calibration_key, spec_as_found
 from llama_orch.runtime.decoding import Spawn
 from llama_orch.runtime.measure import Differences, measured_bytes
 from llama_orch.runtime.replicas import Listener, Replicas
@@ -93,11 +93,14 @@ class Keeper:
 
     # -- what becomes of workers ---------------------------------------------------------------------------------------
 
-    def _ready(self, replica_id: str, facts: WorkerFacts, digest: str) -> None:
+    def _ready(self, replica_id: str, facts: WorkerFacts, digest: str | None) -> None:
         replica = self._scheduler.replicas[replica_id]
         pool = self._scheduler.fleet.owner(replica)
-        self._measure(replica, pool, facts, digest)
-        self._loaded(pool, digest)  # before a task starts on it
+        if digest is None:
+            pool.spec = spec_as_found(pool.spec, facts)
+        else:
+            self._measure(replica, pool, facts, digest)
+            self._loaded(pool, digest)  # before a task starts on it
         self._scheduler.replica_ready(replica_id, slots=facts.slots, model_digest=digest, now=self._clock.now())
         self._journal.replica_ready(replica, pool, facts.load_ms, dict(facts.buffer_bytes))
         self._perform()

@@ -20,9 +20,11 @@ from llama_orch.contract.models import ReplicaState, TaskRequest
 from llama_orch.core.pool import Pool
 from llama_orch.core.scheduler import Scheduler
 from llama_orch.errors import InvalidParams, LlorchError, NotFound, ReplicaExhausted
+from llama_orch.models.catalog import Entry
 from llama_orch.models.references import ModelNotFound
+from llama_orch.policy.urls import without_query
 from llama_orch.runtime.bars import Bars
-from llama_orch.runtime.builder import Builder, Built, Draft, Room
+from llama_orch.runtime.builder import Builder, Built, Draft, Room, offer_for
 from llama_orch.runtime.catalog import Catalog
 from llama_orch.runtime.library import Model
 from llama_orch.runtime.plan import empty_room, model_problem, seat_alone
@@ -65,8 +67,9 @@ class Shelf:
         """A pool on demand for a task that no pool can take; `refusal` where there can be none."""
         if not self._may_be_named(request.model_ref):
             raise refusal
+        entry = self._catalog.book.find(request.model_ref)
         try:
-            model = await self._look(request.model_ref)
+            model = await self._look(_own_name(request, entry))
         except ModelNotFound as error:
             raise NotFound(str(error)) from error
         if (known := self._known(model, request)) is not None:
@@ -80,7 +83,49 @@ class Shelf:
         self._replicas.add(built.workers)
         self._scheduler.fleet.add(built.pool)
         self._pool_settings[draft.settings.id] = draft.settings
+        answer_to(built.pool, request.model_ref)
         return built.pool
+
+    # -- a pool for a model whose file is still to come ----------------------------------------------------------------
+
+    def arriving(self, request: TaskRequest, entry: Entry) -> Pool:
+        """A pool in whose queue the task can wait. Of its model nothing is known yet: who names no context is promised
+        the least that an automatic one is lowered to. Raises InvalidParams, ReplicaExhausted."""
+        names = self._engine_names(request)
+        if not names:
+            raise self._not_served(request, [])
+        name = _own_name(request, entry)
+        model = Model(name, Path(name), None, lambda ctx, slots, backend: None)
+        settings = self._settings_for(names[0], model, request.ctx or CTX_AUTO_MIN)
+        self._make_room()
+        pool = self._builder.arriving(settings, model)
+        answer_to(pool, request.model_ref)
+        self._scheduler.fleet.add(pool)
+        self._pool_settings[settings.id] = settings
+        return pool
+
+    async def arrived(self, pool: Pool, request: TaskRequest) -> Built | None:
+        """The replicas of such a pool, now that the file is there; None where the pool has gone. Raises what keeps its
+        model from being served."""
+        try:
+            model = await self._look(pool.spec.model)
+        except ModelNotFound as error:
+            raise NotFound(str(error)) from error
+        if not any(one is pool for one in self._scheduler.fleet.every_pool()):
+            return None
+        self._bars.check_file(pool.spec.model, model.path)
+        draft = self._draft(model, request)
+        draft.settings = structs.replace(draft.settings, id=pool.spec.pool_id)
+        built = self._builder.build(draft, state=ReplicaState.UNLOADED, is_on_demand=True)
+        built.pool.spec = replace(built.pool.spec, aliases=pool.spec.aliases)
+        self._replicas.add(built.workers)
+        self._pool_settings[draft.settings.id] = draft.settings
+        return built
+
+    def withdraw_arriving(self, pool: Pool) -> None:
+        """Its file does not come."""
+        if pool.spec.pool_id not in self._scheduler.pools:
+            self._pool_settings.pop(pool.spec.pool_id, None)
 
     def _may_be_named(self, reference: str) -> bool:
         entry = self._catalog.book.find(reference)
@@ -93,29 +138,40 @@ class Shelf:
         """A pool that has the same file under another name; it answers to this name from now on."""
         for pool in self._scheduler.pools.values():
             is_able = request.engine in (None, pool.spec.engine) and (request.ctx or 0) <= pool.spec.ctx
-            paths = {self._replicas.spec(replica_id).model_path for replica_id in pool.replicas}
-            if is_able and model.path in paths:
-                if not pool.serves(request.model_ref):
-                    aliases = (*pool.spec.aliases, request.model_ref)[-ALIASES_MAX:]
-                    pool.spec = replace(pool.spec, aliases=aliases)
+            if is_able and model.path in self._paths(pool):
+                answer_to(pool, request.model_ref)
                 return pool
         return None
+
+    def _paths(self, pool: Pool) -> set[Path | None]:
+        return {self._replicas.spec(replica_id).model_path for replica_id in pool.replicas}
 
     def _draft(self, model: Model, request: TaskRequest) -> Draft:
         """The first engine that takes the model, with as much context as was asked for or as fits."""
         problems = []
-        names = [name for name in _ENGINES if name in self._builder.engines]
-        names = names if len(names) == 1 else [name for name in names if name != "simulated"]
-        for name in [name for name in names if request.engine in (None, name)]:
+        for name in self._engine_names(request):
             ctx = request.ctx or self._ctx_auto(model)
             problem = model_problem(self._builder.engines[name], model, ctx)
-            if problem is None and request.workload not in self._builder.engines[name].offer(model.path).workloads:
+            if problem is None and request.workload not in offer_for(self._builder.engines[name], model).workloads:
                 problem = f"it cannot do workload {request.workload.value!r} with this model"
             if problem is None:
                 return self._seated(name, model, ctx, is_ctx_asked=request.ctx is not None)
             problems.append(f"{name}: {problem}")
-        given = "; ".join(problems) or f"there is no engine {request.engine!r}; there are: {', '.join(names)}"
-        raise InvalidParams(f"{request.model_ref!r} cannot be served: {given}", engine=request.engine)
+        raise self._not_served(request, problems)
+
+    def _engine_names(self, request: TaskRequest) -> list[str]:
+        """Those that the task lets choose from."""
+        return [name for name in self._all_engine_names() if request.engine in (None, name)]
+
+    def _all_engine_names(self) -> list[str]:
+        """A simulated one is for a rehearsal only, where there is no other."""
+        names = [name for name in _ENGINES if name in self._builder.engines]
+        return names if len(names) == 1 else [name for name in names if name != "simulated"]
+
+    def _not_served(self, request: TaskRequest, problems: list[str]) -> InvalidParams:
+        known = ", ".join(self._all_engine_names())
+        given = "; ".join(problems) or f"there is no engine {request.engine!r}; there are: {known}"
+        return InvalidParams(f"{without_query(request.model_ref)!r} cannot be served: {given}", engine=request.engine)
 
     @staticmethod
     def _ctx_auto(model: Model) -> int:
@@ -167,14 +223,15 @@ class Shelf:
             raise ReplicaExhausted(
                 f"{POOLS_MAX} models are loaded on demand, which is the limit; repeat later", retry_after_ms=10_000
             )
-        oldest = min(idle, key=lambda pool: max(replica.last_used_s for replica in pool.replicas.values()))
+        oldest = min(idle, key=lambda pool: max((r.last_used_s for r in pool.replicas.values()), default=0.0))
         self._scheduler.fleet.remove(oldest)
         del self._pool_settings[oldest.spec.pool_id]
 
-    def forget(self, model_id: str) -> None:
-        """No pool answers to the name of a model that was deleted from the catalog; one that was made for it goes."""
+    def forget(self, model_id: str, file: Path | None) -> None:
+        """No pool answers to the name of a model that was deleted from the catalog; one that was made for it goes, or
+        for the `file` that was fetched of it, whatever its name was."""
         for pool in list(self._scheduler.pools.values()):
-            if pool.spec.model == model_id and pool.spec.is_on_demand:
+            if pool.spec.is_on_demand and (pool.spec.model == model_id or file in self._paths(pool)):
                 self._scheduler.fleet.remove(pool)
                 del self._pool_settings[pool.spec.pool_id]
         for pool in self._scheduler.fleet.every_pool():
@@ -189,8 +246,8 @@ class Shelf:
         is_configured = any(pool.model == reference for pool in self._settings.pools)
         if not (is_configured or self._may_be_named(reference)):
             raise NotFound(
-                f"there is no model {reference!r}; name one of the configuration's or of the catalog's, builtin:tiny, "
-                "or a file below one of `catalog.file_roots`"
+                f"there is no model {without_query(reference)!r}; name one of the configuration's or of the catalog's, "
+                "builtin:tiny, or a file below one of `catalog.file_roots`"
             )
         try:
             model = await self._look(reference)
@@ -235,6 +292,17 @@ class Shelf:
         draft.seats = [seat for seat in draft.seats if seat.problem is None]
 
 
+def answer_to(pool: Pool, reference: str) -> None:
+    """The pool serves who names its model so, from now on."""
+    if not pool.serves(reference):
+        pool.spec = replace(pool.spec, aliases=(*pool.spec.aliases, reference)[-ALIASES_MAX:])
+
+
+def _own_name(request: TaskRequest, entry: Entry | None) -> str:
+    """What a pool calls the model: what comes from elsewhere by its catalog id, since a URL may hold a secret."""
+    return entry.id if entry is not None and entry.is_fetched else request.model_ref
+
+
 def _fits_nowhere(draft: Draft) -> InvalidParams:
     problems = [seat.problem for seat in draft.seats if seat.problem is not None]
     needs = {device_id: need for seat in draft.seats for device_id, need in seat.need_bytes.items()}
@@ -243,7 +311,7 @@ def _fits_nowhere(draft: Draft) -> InvalidParams:
 
 def _pool_id(engine: str, model: Model, ctx: int) -> str:
     """Readable, and one for each file, engine and context."""
-    kind, _, rest = model.reference.partition(":")
+    kind, _, rest = without_query(model.reference).partition(":")
     name = re.sub(r"[^A-Za-z0-9._-]", "-", Path(rest).stem if kind == "file" else rest or kind)[:40]
     digest = hashlib.sha256(f"{model.path}|{engine}|{ctx}".encode()).hexdigest()
     return f"on-demand-{name}-{digest[:6]}"

@@ -9,20 +9,17 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from contextlib import suppress
 from contextvars import Context
 from dataclasses import replace
-from functools import partial
 from typing import Any
-
-from msgspec import structs
 
 from llama_orch.clock import Clock, new_id, new_seed
 from llama_orch.context import correlation_id
 from llama_orch.contract.config import Settings
 from llama_orch.contract.models import MetricsFrame, ModelState, TaskRequest, TaskState
-from llama_orch.core import admission
+from llama_orch.core import admission, refusals
 from llama_orch.core.effects import Abort, Admitted, Effect, Ended, Evict, Forget, Start
 from llama_orch.core.pool import Pool
 from llama_orch.core.prediction import Outlook
@@ -33,11 +30,12 @@ from llama_orch.models.catalog import Entry
 from llama_orch.observe.journal import Journal
 from llama_orch.runtime import views
 from llama_orch.runtime.archive import Archive
+from llama_orch.runtime.arrivals import Arrivals
 from llama_orch.runtime.bars import Bars
 from llama_orch.runtime.builder import Builder
 from llama_orch.runtime.catalog import Catalog
 from llama_orch.runtime.decoding import Decoding
-from llama_orch.runtime.intake import Intake, Measured
+from llama_orch.runtime.intake import Intake, Measured, with_lower_ids
 from llama_orch.runtime.keeper import Keeper
 from llama_orch.runtime.on_demand import Look, Shelf
 from llama_orch.runtime.replicas import Replicas
@@ -76,6 +74,7 @@ class Orchestrator:
         self.catalog = catalog
         self.bars = Bars(catalog, scheduler, replicas, clock, self._perform_and_wake)
         self._shelf = Shelf(settings, builder, scheduler, replicas, look, catalog, self.bars)
+        self._arrivals = Arrivals(settings, scheduler, catalog, self._shelf, clock, self._perform_and_wake)
         self._keeper = Keeper(
             scheduler,
             replicas,
@@ -105,7 +104,7 @@ class Orchestrator:
         """Serve until canceled: start every replica, keep time. On the way out all workers are stopped."""
         async with asyncio.TaskGroup() as group:
             self._group = group
-            self.catalog.bind(self._spawn, self.bars.look_again)
+            self.catalog.bind(self._spawn, self.bars.look_again, self._arrivals.settled)
             self.bars.begin()
             await self.catalog.begin()
             self.bars.begin()  # now that links have been followed
@@ -163,15 +162,17 @@ class Orchestrator:
 
     async def submit(self, request: TaskRequest) -> Task:
         """Admit a task. Raises the contract's refusals."""
-        request = _with_lower_ids(request)
+        request = with_lower_ids(request)
         pool: Pool | None = None
         try:
             earlier = self.scheduler.repeated(request)
             if earlier is not None:
                 return earlier
             self.archive.check(request)
-            await self.bars.check(request.model_ref)
-            pool = await self._pool_for(request)
+            pool = await self._arrivals.pool_for(request)
+            if pool is None:
+                await self.bars.check(request.model_ref)
+                pool = await self._pool_for(request)
             admission.check_request(request, pool.spec, self._settings.sampler_profiles)
             self.scheduler.gate.check_room(pool, request, self._clock.now())  # before it costs anything
             return self._admit(pool, request, await self._intake.measure(pool, request, self._clock.now()))
@@ -198,6 +199,8 @@ class Orchestrator:
             self._wake.set()
 
     def _admit(self, pool: Pool, request: TaskRequest, measured: Measured) -> Task:
+        if pool.spec.pool_id not in self.scheduler.pools:
+            raise refusals.went(pool)
         bounds = admission.token_bounds(request, measured.prompts) if measured.counts is None else []
         self._keeper.look_at_devices()
         verdict = self.scheduler.submit(
@@ -232,6 +235,21 @@ class Orchestrator:
 
     def open_stream(self, task_id: str, after: int) -> Reader:
         task = self.scheduler.known(task_id)
+        not_open = self.count_stream()
+        self._looked_at[task_id] += 1
+        if self._looked_at[task_id] == 1 and task.state not in ENDED:  # nobody has kept it fresh
+            self._tell(task, self._clock.now())
+
+        def closed() -> None:
+            not_open()
+            self._looked_at[task_id] -= 1
+            if not self._looked_at[task_id]:
+                del self._looked_at[task_id]
+
+        return self._streams[task_id].open(after, correlation_id=correlation_id.get(), on_close=closed)
+
+    def count_stream(self) -> Callable[[], None]:
+        """One more is open, until what is returned is called, once. Raises ReplicaExhausted."""
         limit = self._settings.server.max_streams
         if self.streams_open >= limit:
             raise ReplicaExhausted(
@@ -239,17 +257,10 @@ class Orchestrator:
                 retry_after_ms=1000,
             )
         self.streams_open += 1
-        self._looked_at[task_id] += 1
-        if self._looked_at[task_id] == 1 and task.state not in ENDED:  # nobody has kept it fresh
-            self._tell(task, self._clock.now())
-        closed = partial(self._stream_closed, task_id)
-        return self._streams[task_id].open(after, correlation_id=correlation_id.get(), on_close=closed)
+        return self._stream_closed
 
-    def _stream_closed(self, task_id: str) -> None:
+    def _stream_closed(self) -> None:
         self.streams_open -= 1
-        self._looked_at[task_id] -= 1
-        if not self._looked_at[task_id]:
-            del self._looked_at[task_id]
 
     def text(self, task_id: str) -> str:
         return self._streams[task_id].text
@@ -354,8 +365,9 @@ class Orchestrator:
         return entry
 
     async def delete_model(self, model_id: str) -> None:
+        file = self.catalog.file_of(await self.catalog.get(model_id))
         await self.catalog.remove(model_id, self.bars.hindrance)
-        self._shelf.forget(model_id)
+        self._shelf.forget(model_id, file)
         self.bars.look_again()
 
     # -- time ----------------------------------------------------------------------------------------------------------
@@ -382,9 +394,3 @@ class Orchestrator:
     def _metrics_frame(self, task: Task, outlook: Outlook, chance: float | None) -> MetricsFrame:
         left = self.scheduler.book.sessions.left(task.request.session_id)
         return views.metrics_frame(task, outlook, len(task.pool.queue), chance, left)
-
-
-def _with_lower_ids(request: TaskRequest) -> TaskRequest:
-    """A UUID is the same in either case of its letters, and so is what it names."""
-    ids = {name: value.lower() for name in ("task_id", "session_id") if (value := getattr(request, name)) is not None}
-    return structs.replace(request, **ids) if ids else request

@@ -121,6 +121,11 @@ def _model(builder: Builder, pool: PoolSettings) -> Model:
 def model_problem(engine: Engine, model: Model, ctx: int) -> str | None:
     """Why the engine cannot serve the model with this much context. llama.cpp would quietly grant less; a context that
     was asked for is never lowered in silence."""
+    if (model.path is None) is not engine.traits.is_remote:
+        need = "a model of a server elsewhere, as in openai:NAME/MODEL" if engine.traits.is_remote else "a model file"
+        return f"engine {engine.traits.name} needs {need}, and {model.reference!r} is none"
+    if model.path is None:
+        return None  # what its server does not have shows once that is asked
     refusal = engine.refusal(model.path)
     if refusal is not None:
         return refusal
@@ -134,8 +139,7 @@ def _share_threads(
     builder: Builder, workers: dict[str, tuple[Engine, ReplicaSpec, bool]]
 ) -> dict[str, tuple[Engine, ReplicaSpec]]:
     """Now that all are known that stay loaded and compute on the CPU."""
-    sources = {source.backend: source for source in builder.sources.values()}
     return {
-        replica_id: (engine, replace(spec, threads=builder.threads(sources[spec.backend], is_staying=is_staying)))
+        replica_id: (engine, replace(spec, threads=builder.threads(spec.backend, is_staying=is_staying)))
         for replica_id, (engine, spec, is_staying) in workers.items()
     }

@@ -26,7 +26,7 @@ EXPLAIN_WAIT_S = 0.25  # a broken connection is noticed before the death of the 
 class Listener:
     """What the owner of the replicas wants to hear."""
 
-    ready: Callable[[str, WorkerFacts, str], None]  # replica id, facts, model digest
+    ready: Callable[[str, WorkerFacts, str | None], None]  # replica id, facts, model digest (None of one elsewhere)
     lost: Callable[[str, str, bool], None]  # replica id, reason, whether its devices lacked memory
     explained: Callable[[str, str], None]  # replica id, the true reason of a loss that was reported before
     unloaded: Callable[[str], None]  # replica id: its worker is gone as it was told
@@ -173,7 +173,9 @@ class Replicas:
         self._heard().ready(replica_id, facts, digest)
         return await self._until_lost(replica_id, worker, condemned, told)
 
-    async def _until_ready(self, replica_id: str, worker: Worker, spec: ReplicaSpec) -> tuple[str, WorkerFacts]:
+    async def _until_ready(self, replica_id: str, worker: Worker, spec: ReplicaSpec) -> tuple[str | None, WorkerFacts]:
+        if spec.model_path is None:  # what is loaded elsewhere, and how, is the server's to say
+            return None, await worker.ready()
         digest = asyncio.ensure_future(self._digest(spec.model_path))  # while the worker reads the file as well
         try:
             facts = await worker.ready()

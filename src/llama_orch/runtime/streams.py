@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from llama_orch.contract.models import EndFrame, Error, MetricsFrame, StartedFrame
+from llama_orch.contract.models import EndFrame, Error, MetricsFrame, StartedFrame, TokenLogprob, ToolCallPiece
 from llama_orch.errors import PolicyDenied
 
 BATCH_FRAMES_MAX = 256  # per read, so that a replay does not build one huge answer
@@ -54,12 +54,17 @@ class TaskStream:
     def text(self) -> str:
         return "".join(self._texts) if self._whole_text is None else self._whole_text
 
-    def token(self, text: str) -> None:
+    def token(
+        self, text: str, calls: list[ToolCallPiece] | None = None, likelihoods: list[TokenLogprob] | None = None
+    ) -> None:
         """A `token` frame, or several where the text is so long that one would hold up a reader's connection; none for
-        an empty text. Nothing once the stream has ended, whatever the engine still says (HP-STR-6)."""
+        an empty text. Nothing once the stream has ended, whatever the engine still says (HP-STR-6). What belongs to the
+        text comes with its first frame."""
         for start in range(0, 0 if self.is_ended else len(text), TEXT_CHARS_MAX):
             part = text[start : start + TEXT_CHARS_MAX]
-            self._write("token", b'{"t":%b,"i":%d}' % (_encode(part), len(self._texts)))
+            more = b"" if calls is None else b',"tool_calls":%b' % _encode([] if start else calls)
+            more += b',"logprobs":%b' % _encode(likelihoods) if likelihoods and not start else b""
+            self._write("token", b'{"t":%b,"i":%d%b}' % (_encode(part), len(self._texts), more))
             self._texts.append(part)
             self._is_last_metrics = False
 
@@ -94,6 +99,8 @@ class TaskStream:
 
     def after(self, number: int) -> list[Frame]:
         """Frames behind the given number, a bounded batch of them."""
+        if len(self._frames) > 1 and self._frames[-2].number <= number:  # who keeps up, and nearly all do
+            return self._frames[-1:] if self._frames[-1].number > number else []
         start = bisect_right(self._frames, number, key=lambda frame: frame.number)
         found = self._frames[start : start + BATCH_FRAMES_MAX]
         sizes = accumulate(len(frame.data) for frame in found)
@@ -137,7 +144,7 @@ class Reader:
             frames = self._stream.after(self._position)
             if frames:
                 self._position = frames[-1].number
-                return b"".join(frame.data for frame in frames)
+                return frames[0].data if len(frames) == 1 else b"".join(frame.data for frame in frames)
             self._has_caught_up = True
             if self._stream.is_ended:
                 break

@@ -10,7 +10,9 @@ from llama_orch.clock import Clock
 from llama_orch.contract.config import Settings
 from llama_orch.core.scheduler import Scheduler
 from llama_orch.engines.base import Engine
+from llama_orch.engines.remote.engine import RemoteEngine
 from llama_orch.models.catalog import CatalogBook, Sight
+from llama_orch.models.references import ModelNotFound
 from llama_orch.observe.catalog import CatalogJournal
 from llama_orch.observe.journal import Journal
 from llama_orch.observe.metrics import Metrics
@@ -19,7 +21,7 @@ from llama_orch.outbound.door import Outbound
 from llama_orch.outbound.plugins import Plugins
 from llama_orch.policy.rules import Rules
 from llama_orch.runtime.archive import Archive
-from llama_orch.runtime.catalog import Catalog, Glance, Records, Unkept
+from llama_orch.runtime.catalog import Catalog, Glance
 from llama_orch.runtime.fetches import Fetches
 from llama_orch.runtime.fetching import Fetching
 from llama_orch.runtime.hashing import Examine, examine_with
@@ -27,6 +29,7 @@ from llama_orch.runtime.library import CatalogLibrary, Model
 from llama_orch.runtime.on_demand import Look
 from llama_orch.runtime.orchestrator import Orchestrator
 from llama_orch.runtime.plan import Plan
+from llama_orch.runtime.records import Records, Unkept
 from llama_orch.runtime.replicas import Replicas
 from llama_orch.runtime.service import LocalService, gauges
 from llama_orch.runtime.sight import sight_of
@@ -42,6 +45,7 @@ class Keeping:
     glance: Glance
     examine: Examine
     is_known: bool
+    is_alone: bool = False
     fetched: Path | None = None  # the folder of files from elsewhere; None: none are kept
 
 
@@ -75,6 +79,9 @@ def wire(
     sources = list(plan.builder.sources.values())
     metrics = Metrics(lambda: gauges(orchestrator, sources))
     outbound = Outbound(Rules.of(settings.policy.outbound), OutboundJournal(metrics).decided, plugins=plugins)
+    for engine in engines.values():
+        if isinstance(engine, RemoteEngine):
+            engine.door = outbound
     replicas = Replicas(plan.replicas, digest)
     catalog = Catalog(
         keeping.book,
@@ -85,6 +92,7 @@ def wire(
         clock.wall,
         CatalogJournal(metrics),
         is_known=keeping.is_known,
+        is_alone=keeping.is_alone,
     )
     if keeping.fetched is not None:
         catalog.fetches = Fetches(keeping.fetched, outbound, keeping.examine, catalog, clock.wall)
@@ -102,6 +110,8 @@ def _keeping_nothing(settings: Settings, plan: Plan, digest: Callable[[Path], Aw
 
     async def glance(reference: str) -> tuple[Sight, Path]:
         path = beneath.look(reference).path
+        if path is None:
+            raise ModelNotFound(f"{reference!r} is no file of this machine")
         return sight_of(path, settings), path
 
     return Keeping(book, Unkept(), glance, examine_with(digest), is_known=True)

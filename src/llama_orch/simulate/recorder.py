@@ -69,7 +69,7 @@ class Recorder:
         """To be called at each launch."""
         spec = worker.spec
         self._close(spec.replica_id)
-        span = Span("load", spec.device_uuids, spec.model_path.name, spec.replica_id, self.now())
+        span = Span("load", spec.device_uuids, spec.file.name, spec.replica_id, self.now())
         self.spans.append(span)
         self._open[spec.replica_id] = span
 

@@ -25,6 +25,7 @@ class CatalogStore:
 
     def __init__(self, database: Database) -> None:
         self._database = database
+        self.left_out = 0  # of the rows at the last reading
         database.add_store("catalog", STEPS)
 
     def all(self) -> list[Entry]:
@@ -32,7 +33,9 @@ class CatalogStore:
         the others are of use without it."""
         query = "SELECT id, entry FROM catalog_models ORDER BY number"
         rows = self._database.read(lambda connection: connection.execute(query).fetchall())
-        return [entry for row in rows if (entry := _read(*row)) is not None]
+        entries = [entry for row in rows if (entry := _read(*row)) is not None]
+        self.left_out = len(rows) - len(entries)
+        return entries
 
     def put(self, entry: Entry) -> None:
         """Write the entry, in place of the one with its id if there is one. It is on the disk when this returns."""

@@ -87,7 +87,7 @@ class Machine:
 
     def share_bytes(self, spec: ReplicaSpec, device_id: str) -> int:
         """What a worker takes of one of its cards."""
-        need = self.library.at(spec.model_path).need(spec.ctx, spec.slots, spec.backend)
+        need = self.library.at(spec.file).need(spec.ctx, spec.slots, spec.backend)
         shares = spec.tensor_split or (1.0,) * len(spec.device_uuids)
         return round(need * shares[spec.device_uuids.index(device_id)] / sum(shares))
 
@@ -113,7 +113,7 @@ class Machine:
     # -- the engine's side -------------------------------------------------------------------------------------------
 
     def _service(self, spec: ReplicaSpec) -> ServiceModel:
-        return self._pace(self.library.at(spec.model_path), [self.cards[device_id] for device_id in spec.device_uuids])
+        return self._pace(self.library.at(spec.file), [self.cards[device_id] for device_id in spec.device_uuids])
 
     def _launched(self, worker: SimulatedWorker) -> None:
         """A load takes its memory at once, or fails in the end."""

@@ -197,7 +197,7 @@ def describe(world: World) -> Iterator[str]:
         request = arrival.request
         yield (
             f"  {arrival.at_s:8.3f} client {arrival.number} {arrival.client} ({arrival.client_s:g} s): "
-            f"{request.model_ref}, {request.priority.value}, {request.determinism.value}, "
+            f"{request.model_ref}, {request.priority.value}, {request.determinism or '-'}, "
             f"max_tokens {request.max_tokens}, deadline {request.deadline_ms}"
         )
     for fault in world.faults:

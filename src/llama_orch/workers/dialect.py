@@ -279,6 +279,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _send(self, code: int, body: object) -> None:
         data = json.dumps(body).encode()
         self.send_response(code)
+        self.send_header("Connection", "close")
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()

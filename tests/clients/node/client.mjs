@@ -34,6 +34,28 @@ const acts = {
     }
     return { text, tokens };
   },
+  async tools() {
+    const place = { type: "string", maxLength: 8 };
+    const parameters = { type: "object", properties: { place }, required: ["place"] };
+    const tools = [{ type: "function", function: { name: "look", parameters } }];
+    const calling = { ...asked, model: "tools", tools, parallel_tool_calls: false, max_tokens: 200 };
+    const answer = await client.chat.completions.create({ ...calling, tool_choice: "required" });
+    const { message, finish_reason: reason } = answer.choices[0];
+    const [call] = message.tool_calls;
+    const stream = await client.chat.completions.create({ ...calling, tool_choice: "required", stream: true });
+    let streamed = "";
+    for await (const chunk of stream) {
+      streamed += chunk.choices[0]?.delta?.tool_calls?.[0]?.function?.arguments ?? "";
+    }
+    const result = { role: "tool", tool_call_id: call.id, content: "fog" };
+    const after = await client.chat.completions.create({
+      ...calling,
+      messages: [...asked.messages, message, result],
+      max_tokens: 8,
+    });
+    const { name, arguments: given } = call.function;
+    return { name, reason, arguments: given, streamed, after: after.usage.completion_tokens };
+  },
   async leave() {
     const stream = await client.chat.completions.create({ ...asked, model: "full", max_tokens: 1500, stream: true });
     for await (const chunk of stream) break;

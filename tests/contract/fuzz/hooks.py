@@ -41,6 +41,9 @@ CTX = 2048
 POOLS = json.loads(os.environ["FUZZ_POOLS"])  # of those models, for OpenAI's paths
 OPENAI = ("/v1/models", "/v1/chat/completions", "/v1/completions", "/v1/embeddings")
 CHATS = ("OpenAiChatRequest", "OpenAiCompletionRequest")
+ABSENT = {"type": "string", "nullable": True, "enum": [None]}
+CALLS = ("tool_calls", "tool_call_id")  # of messages
+OF_SOME_MODELS = ("tools", "tool_choice", "logprobs", "top_logprobs", "name")
 TERMINAL = ("end", "error")
 HOSTILE = ("two words", "a\ttab", "x" * 129, "na\u00efve")  # no correlation ID may be one of these
 
@@ -115,6 +118,9 @@ def narrowed(request: dict[str, Any], schemas: dict[str, Any]) -> dict[str, Any]
     properties["inputs"]["items"].pop("maxLength")
     properties["inputs"]["maxItems"] = 16
     properties["messages"].pop("maxItems")
+    message = schemas["ChatMessage"]["properties"]
+    message |= {"role": {"type": "string", "enum": ["system", "user", "assistant"]}} | dict.fromkeys(CALLS, ABSENT)
+    del properties["tools"], properties["logprobs"]  # like the calls of messages not for these models, or most of them
     properties |= {
         "model_ref": {"type": "string", "enum": MODELS},
         "engine": {"type": "string", "nullable": True, "enum": ["llamacpp", None]},
@@ -127,7 +133,7 @@ def narrowed(request: dict[str, Any], schemas: dict[str, Any]) -> dict[str, Any]
 
 def offered(request: dict[str, Any], schemas: dict[str, Any], models: list[str]) -> dict[str, Any]:
     """A request of OpenAI's API as it is taken: what the document describes as refused is absent or null."""
-    properties = {name: _taken(schema) for name, schema in request["properties"].items()}
+    properties = {name: _taken(name, schema) for name, schema in request["properties"].items()}
     properties["model"] = {"type": "string", "enum": models}
     for text in ("prompt", "input"):
         if text in properties:
@@ -136,33 +142,34 @@ def offered(request: dict[str, Any], schemas: dict[str, Any], models: list[str])
             properties[text] = {"oneOf": [listed | limits, {"type": "string", "minLength": 1}]}
     if "messages" in properties:
         message = schemas["OpenAiMessage"]
-        message["properties"] = {name: _taken(schema) for name, schema in message["properties"].items()}
+        message["properties"] = {name: _taken(name, schema) for name, schema in message["properties"].items()}
+        message["required"] = ["role", "content"]
         message["properties"]["role"] = {"type": "string", "enum": ["system", "developer", "user", "assistant"]}
-        message["properties"]["content"]["oneOf"][1].pop("maxLength", None)
+        message["properties"]["content"]["oneOf"][1] = {"type": "string"}
         schemas["OpenAiTextPart"]["properties"]["text"].pop("maxLength", None)
     if "stream_options" in properties:
         options = schemas["OpenAiStreamOptions"]["properties"]
-        options["include_obfuscation"] = _taken(options["include_obfuscation"])
+        options["include_obfuscation"] = _taken("include_obfuscation", options["include_obfuscation"])
     return request | {"properties": properties}
 
 
-def _taken(schema: dict[str, Any]) -> dict[str, Any]:
+def _taken(name: str, schema: dict[str, Any]) -> dict[str, Any]:
+    """What only some models take is in the examples, and in tests/live."""
     is_refused = schema.get("description", "").startswith("Refused")
-    return {"type": "string", "nullable": True, "enum": [None]} if is_refused else schema
+    return ABSENT if is_refused or name in (*CALLS, *OF_SOME_MODELS) else schema
 
 
 def _one_form(request: dict[str, Any], properties: dict[str, Any], workload: str, form: str) -> dict[str, Any]:
     """A task of this workload with its texts in this form, and nothing that has no sense for it."""
-    absent = {"type": "string", "nullable": True, "enum": [None]}
     own = dict(properties)
     for other in ("prompt", "inputs", "messages"):
-        own[other] = _never_null(own[other]) if other == form else absent
+        own[other] = _never_null(own[other]) if other == form else ABSENT
     own["workload"] = {"type": "string", "enum": [workload]}
     required = ["model_ref", form]
     if workload != "completion":
         required.append("workload")
-        own |= {"max_tokens": absent, "expected_tokens": absent}
-        own |= {"model_ref": {"type": "string", "enum": MODELS[1:]}, "engine": absent}
+        own |= {"max_tokens": ABSENT, "expected_tokens": ABSENT}
+        own |= {"model_ref": {"type": "string", "enum": MODELS[1:]}, "engine": ABSENT}
         del own["sampling"]  # it cannot be null
     if workload == "rerank":
         own["inputs"] = own["inputs"] | {"minItems": 2}

@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import os
 import random
 import re
+import threading
 from collections import OrderedDict
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import msgspec
 from starlette.types import Message, Receive, Scope, Send
 
-from llama_orch.api import app, auth, edge, hosts, refusals, sse, validation
+from llama_orch.api import app, auth, bodies, edge, hosts, refusals, sse, validation
 from llama_orch.contract.models import (
     Capabilities,
     DrainRequest,
@@ -27,11 +30,28 @@ from llama_orch.contract.models import (
     PoolHealth,
     Priority,
 )
-from llama_orch.core import queue, replica, scheduler
-from llama_orch.engines import http_worker
+from llama_orch.core import admission, queue, replica, scheduler
+from llama_orch.engines import http_worker, likelihoods
+from llama_orch.engines.base import EngineBusy, RunLost
+from llama_orch.engines.remote import client as remote_client
+from llama_orch.engines.remote import worker as remote_worker
 from llama_orch.errors import AdmissionReject, Conflict, LlorchError, NotFound, Unauthorized
 from llama_orch.observe import metrics
-from llama_orch.runtime import jobs, orchestrator, service, streams, views
+from llama_orch.openai import answers, tools
+from llama_orch.policy import rules
+from llama_orch.runtime import (
+    answer,
+    arrivals,
+    download,
+    fetches,
+    intake,
+    jobs,
+    orchestrator,
+    service,
+    streams,
+    views,
+)
+from llama_orch.stores import catalog, failures
 
 
 class Fuzz(NamedTuple):
@@ -513,3 +533,199 @@ def dropped_without_its_code() -> None:
         return AdmissionReject("dropped", engine=pool.spec.engine, retry_after_ms=wait_ms, policy_label="drop-lru")
 
     scheduler.refusals.dropped = dropped
+
+
+# -- catalog, fetches, policy ------------------------------------------------------------------------------------------
+
+
+@defect(Tests("tests/kills/test_kills.py"))
+def answered_before_it_is_kept() -> None:
+    """The catalog answers a write a moment before it is on the disk."""
+
+    async def put(self: catalog.CatalogRecords, entry: Any) -> None:
+        self._database.submit(lambda: threading.Event().wait(0.1) or self._store.put(entry))
+
+    catalog.CatalogRecords.put = put
+
+
+@defect(Tests("tests/live/test_bad_disk.py", "test_the_catalog_on_a_disk_that_gets_full"))
+def full_disk_is_500() -> None:
+    """A full disk is a 500 instead of a 507."""
+
+    def problem(error: Exception) -> str:
+        raise error
+
+    failures._sqlite_problem = problem
+
+
+@defect(Tests("tests/runtime/test_download.py", "test_what_a_write_did_not_take_is_written_too"))
+def what_a_full_disk_takes_is_enough() -> None:
+    """What a full disk did not take of a fetched file is lost without a word."""
+
+    def write(self: download.Download, file: Any, pieces: list[bytes], etag: str) -> None:
+        file.write(b"".join(pieces))
+        os.fsync(file.fileno())
+        if etag:
+            note = download.Note(url=self._url, etag=etag, kept_bytes=file.tell())
+            self._note_path.write_bytes(msgspec.json.encode(note))
+
+    download.Download._write = write
+
+
+@defect(Tests("tests/runtime/test_download.py", "test_what_broke_off_is_taken_up_where_it_ended"))
+def a_fetch_begins_anew() -> None:
+    """A fetch that broke off begins at the first byte again."""
+    download.Download._note = lambda self: None
+
+
+@defect(Tests("tests/live/test_fetch.py", "test_what_is_not_what_was_declared_gets_no_name"))
+def what_was_fetched_is_not_compared() -> None:
+    """A file that is not what was declared gets its final name."""
+    fetches.trust = SimpleNamespace(contradictions=lambda *given: [])
+
+
+@defect(Tests("tests/runtime/test_fetches.py", "test_nothing_stays_of_a_fetch_whose_model_is_deleted"))
+def a_deleted_fetch_leaves_its_part() -> None:
+    """What was fetched of a model stays on the disk when the model is deleted."""
+    fetches.Fetches._files_of = lambda self, entry: []
+
+
+@defect(Tests("tests/live/test_fetch.py", "test_a_model_is_fetched_served_and_deleted"))
+def fetched_though_nobody_allowed_it() -> None:
+    """A task has its model fetched though `on_demand.fetch` is off."""
+    original = arrivals.Arrivals.__init__
+
+    def init(self: arrivals.Arrivals, *given: Any) -> None:
+        original(self, *given)
+        self._is_on = True
+
+    arrivals.Arrivals.__init__ = init
+
+
+@defect(Tests("tests/live/test_fetch_on_demand.py", "test_tasks_wait_for_their_model_and_share_its_fetch"))
+def a_cancel_stops_the_fetch() -> None:
+    """Who cancels a task that waits for a fetch ends the fetch, for all others too."""
+    original = orchestrator.Orchestrator.cancel
+
+    def cancel(self: orchestrator.Orchestrator, task_id: str) -> None:
+        original(self, task_id)
+        for entry in self.catalog.book:
+            fetch = self.catalog.fetches and self.catalog.fetches.of(entry)
+            if fetch and not fetch.is_over and fetch.task:
+                fetch.task.cancel()
+
+    orchestrator.Orchestrator.cancel = cancel
+
+
+@defect(Tests("tests/core/test_arrivals.py", "test_where_it_does_not_come_all_end_and_the_pool_goes"))
+def a_failed_fetch_is_not_told() -> None:
+    """Tasks that wait for a fetch go on waiting when it has failed."""
+    scheduler.Arrivals.failed = lambda self, pool, error, now: None
+
+
+@defect(Tests("tests/outbound/test_plugins.py", "test_no_plugin_lifts_an_entry_of_deny"))
+def a_plugin_lifts_deny() -> None:
+    """A plugin's Allow lets through what `policy.outbound.deny` names."""
+    by_deny, by_lists = rules.Rules.by_deny, rules.Rules.by_lists
+    rules.Rules.by_lists = lambda self, *given: by_deny(self, *given) or by_lists(self, *given)
+    rules.Rules.by_deny = lambda self, *given: None
+
+
+@defect(Tests("tests/api/test_bodies.py", "test_a_burst_holds_no_more_than_the_bound"))
+def bodies_without_a_bound() -> None:
+    """The bodies of requests that wait may hold any amount of memory."""
+    bodies.Bodies.take = lambda self, count: True
+
+
+# -- tools and likelihoods -------------------------------------------------------------------------------------------
+
+
+@defect(Tests("tests/live/test_tools.py", "test_a_call_that_is_asked_for_is_made"))
+def tools_without_a_grammar() -> None:
+    """The model is shown the tools, and may answer what it likes."""
+    intake.grammar_of_tools = lambda *_: "root ::= .*"
+
+
+@defect(Tests("tests/live/test_tools.py", "test_what_cannot_be_done_is_refused_by_name"))
+def tools_ignored_in_silence() -> None:
+    """A model whose template knows no tools answers as if there were none."""
+    admission.fields_about_tools = lambda _: iter(())
+
+
+@defect(Tests("tests/live/test_tools.py", "test_a_model_that_calls_by_itself_is_heard"))
+def control_tokens_left_out() -> None:
+    """What a model marks its calls with does not reach us."""
+    original = answer.syntax_of
+    jobs.syntax_of = lambda task: (found := original(task)) and dataclasses.replace(found, kept=())
+
+
+@defect(Tests("tests/openai/test_answers.py", "test_calls_come_in_openais_framing"))
+def calls_end_as_texts() -> None:
+    """An answer with calls ends with `finish_reason` `stop`."""
+    tools.Calls.are_whole = property(lambda self: False)
+
+
+@defect(Tests("tests/openai/test_answers.py", "test_a_whole_answer_has_its_calls"))
+def calls_shown_as_text() -> None:
+    """What stands around calls is content."""
+    original = answers.ChatWording.whole
+
+    def whole(self: Any, frames: Any, end: EndFrame) -> Any:
+        plain = [msgspec.structs.replace(frame, tool_calls=msgspec.UNSET) for frame in frames]
+        return original(self, plain, end)
+
+    answers.ChatWording.whole = whole
+
+
+@defect(Tests("tests/live/test_tools.py", "test_the_bytes_of_tokens_are_the_text"))
+def held_back_tokens_told_at_once() -> None:
+    """Tokens that the engine holds back are told before their text is, as nothing."""
+    original = likelihoods.Likelihoods.of
+
+    def of(self: Any, event: Any) -> Any:
+        found = original(self, event)
+        return found or ((likelihoods.TextLikelihood("", -1.0),) if event.completion_probabilities else ())
+
+    likelihoods.Likelihoods.of = of
+
+
+# -- servers elsewhere -----------------------------------------------------------------------------------------------
+
+BROKEN = "tests/engines/remote/test_broken.py"
+
+
+@defect(Tests(BROKEN, "test_what_breaks_before_the_first_token_is_tried_again[500]"))
+def broken_run_not_tried_again() -> None:
+    """A run that a server elsewhere fails before its first token ends its task at once."""
+
+    async def broke(self: Any, error: Exception, *, may_retry: bool) -> None:
+        raise RunLost(str(error))
+
+    remote_worker._Tries.broke = broke
+
+
+@defect(Tests(BROKEN, "test_what_breaks_later_is_over[nothing]"))
+def run_begun_twice() -> None:
+    """A run that breaks after its first token is tried again, and its client reads the beginning twice."""
+    original = remote_worker._Tries.broke
+
+    async def broke(self: Any, error: Any, *, may_retry: bool) -> None:
+        await original(self, error, may_retry=True)
+
+    remote_worker._Tries.broke = broke
+
+
+@defect(Tests("tests/engines/remote/test_runs.py", "test_a_busy_server_is_waited_for[429]"))
+def busy_server_fails_the_task() -> None:
+    """A task that a server elsewhere has no room for now ends with an error."""
+
+    def was_busy(self: Any, error: Exception) -> None:
+        raise EngineBusy(str(error))
+
+    remote_worker._Tries.was_busy = was_busy
+
+
+@defect(Tests(BROKEN, "test_the_jobs_own_fault[400]"))
+def key_in_an_error() -> None:
+    """What a server elsewhere says is passed on with the key that it repeats."""
+    remote_client.RemoteClient.said = lambda self, text: text[:300]
