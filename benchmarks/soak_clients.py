@@ -136,7 +136,7 @@ class Client:
             {**self._body(), "no_such_field": 1},
         )
         answer = await self._ask("POST", "/v1/tasks", self._dice.choice(wrong))
-        is_refusal = 400 <= self._control.status < 500
+        is_refusal = 400 <= self._control.status < 500 or self._control.status in FULL
         return self._refused(answer) if is_refusal else f"unexpected {self._control.status}"
 
     # Parts of them.

@@ -15,14 +15,14 @@ MB = 1_000_000
 
 def test_a_rehearsal_reports_sections_with_command_and_targets(tmp_path: Path) -> None:
     out = tmp_path / "report.md"
-    only = ("queue_length", "memory_slope", "cold_start")
+    only = ("queue_length", "memory_slope")
     command = [sys.executable, str(HERE / "run.py"), "--quick", "--out", str(out), "--only", *only]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
     report = out.read_text()
     assert done.returncode == 0, report
     for name in only:
         assert f"`python benchmarks/{name}.py" in report
-    for target in ("the dearest operation", "memory by 100,000 tasks", "cold start to listening"):
+    for target in ("the dearest operation", "memory by 100,000 tasks"):
         assert (
             sum(line.startswith(("- reached: ", "- missed: ")) and target in line for line in report.splitlines()) == 1
         )
