@@ -1,0 +1,23 @@
+"""How the programs of this folder tell what they found, so that run.py can gather it."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+
+REACHED, MISSED = "- reached: ", "- missed: "
+
+
+def three(values: Sequence[float], digits: int = 2) -> str:
+    """Minimum, median and maximum, for a table's cell."""
+    shown = (min(values), statistics.median(values), max(values))
+    return " / ".join(f"{value:.{digits}f}" for value in shown)
+
+
+def at_most(what: str, found: float, bound: float, unit: str = "") -> str:
+    """A line of the report: was the target reached?"""
+    return f"{REACHED if found <= bound else MISSED}{what}: {found:.3g}{unit} (at most {bound:g}{unit})"
+
+
+def at_least(what: str, found: float, bound: float, unit: str = "") -> str:
+    return f"{REACHED if found >= bound else MISSED}{what}: {found:.3g}{unit} (at least {bound:g}{unit})"
