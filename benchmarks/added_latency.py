@@ -10,14 +10,16 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import json
+import os
 import statistics
 import tempfile
 import time
 from contextlib import aclosing
 from pathlib import Path
 
-import httpx
-from served import a_service, until_ready
+from lean import Connection
+from served import TOKEN, a_service, until_ready
 
 from llama_orch.engines.base import Chunk, Job, ReplicaSpec, Sampling, Worker
 from llama_orch.engines.llamacpp import LlamaCppEngine
@@ -25,6 +27,7 @@ from llama_orch.models.references import resolve
 
 PROMPT = "Once upon a time, in a little house by the sea, there lived"
 TOKENS = 8
+THREADS = len(os.sched_getaffinity(0))  # what the service gives to a lone worker
 
 
 async def direct_ms(worker: Worker, seed: int) -> float:
@@ -38,20 +41,21 @@ async def direct_ms(worker: Worker, seed: int) -> float:
     return first
 
 
-async def through_ms(client: httpx.AsyncClient, seed: int) -> float:
+async def through_ms(connection: Connection, seed: int) -> float:
     """Submit and stream, as a client does."""
-    began, first = time.perf_counter(), 0.0
+    began = time.perf_counter()
     body = {"model_ref": "builtin:tiny", "prompt": PROMPT, "max_tokens": TOKENS, "seed": seed}
-    task_id = (await client.post("/v1/tasks", json=body)).json()["task_id"]
-    async with client.stream("GET", f"/v1/tasks/{task_id}/stream") as answer:
-        async for line in answer.aiter_lines():
-            if line == "event: token" and not first:
-                first = (time.perf_counter() - began) * 1000
+    task_id = json.loads(await connection.ask("POST", "/v1/tasks", json.dumps(body).encode()))["task_id"]
+    await connection.send("GET", f"/v1/tasks/{task_id}/stream")
+    first = 0.0
+    async for part in connection.parts():
+        if not first and b"event: token" in part:
+            first = (time.perf_counter() - began) * 1000
     return first
 
 
 async def main(rounds: int) -> None:
-    spec = ReplicaSpec("bench-0", "bench", resolve("builtin:tiny"), slots=1, ctx=2048, threads=1)
+    spec = ReplicaSpec("bench-0", "bench", resolve("builtin:tiny"), slots=1, ctx=2048, threads=THREADS)
     worker = await LlamaCppEngine().launch(spec)
     direct, through = [], []
     try:
@@ -60,8 +64,9 @@ async def main(rounds: int) -> None:
             configuration = {"pools": [{"slots": 1}], "logs": {"level": "warning"}}
             async with a_service(configuration, Path(folder)) as served:
                 await until_ready(served.client)
+                connection = Connection(str(served.client.base_url).rstrip("/"), {"Authorization": f"Bearer {TOKEN}"})
                 for seed in range(rounds + 5):
-                    pair = await direct_ms(worker, seed), await through_ms(served.client, seed)
+                    pair = await direct_ms(worker, seed), await through_ms(connection, seed)
                     if seed >= 5:  # the first few warm caches up
                         direct.append(pair[0])
                         through.append(pair[1])

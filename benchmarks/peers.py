@@ -34,7 +34,9 @@ from served import TOKEN, a_service, until_ready
 from verdict import at_least, at_most, three
 
 MASTER_KEY = "sk-benchmark-0123456789"
-AT_ONCE, CTX, THREADS = 8, 1024, 1
+AT_ONCE, CTX = 8, 1024
+THREADS = len(os.sched_getaffinity(0))  # what the service gives to a lone worker
+SAMPLERS = ["penalties", "top_k", "top_p", "min_p", "temperature"]  # those that the service asks its workers for
 WRITTEN = re.compile(rb'"(?:content|text)": ?"[^"]')
 START_S = 120.0
 DIRECTLY, LITELLM, OURS = "the worker directly", "LiteLLM's proxy", "our service"
@@ -125,7 +127,8 @@ async def tokens_per_s(side: Side, seconds: float, start: int) -> float:
         while not is_over:
             connection = side.connection()
             asked = {"prompt": f"{number} foxes once", "max_tokens": 200, "stream": True, "model": side.model}
-            await connection.send("POST", "/v1/completions", json.dumps(asked | {"seed": number}).encode())
+            asked |= {"seed": number} | ({"samplers": SAMPLERS} if side.name == DIRECTLY else {})
+            await connection.send("POST", "/v1/completions", json.dumps(asked).encode())
             async for part in connection.parts():
                 count += len(WRITTEN.findall(part))
                 if is_over:

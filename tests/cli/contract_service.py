@@ -15,7 +15,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
-from tests.cli.catalog_service import SmallCatalog
+from catalog_service import SmallCatalog
 
 END = {
     "tokens_in": 2,

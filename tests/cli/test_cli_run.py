@@ -54,7 +54,7 @@ def test_options_reach_the_task(start: Start, service: ContractService) -> None:
         "max_tokens": 9,
         "priority": "batch",
         "determinism": "best_effort",
-        "messages": [{"role": "user", "content": "hello"}],
+        "messages": [{"role": "user", "content": "hello", "tool_calls": None, "tool_call_id": None}],
     }
 
 

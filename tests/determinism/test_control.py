@@ -51,7 +51,7 @@ async def load(worker: Worker, slot: int) -> None:
 @pytest.mark.spec("HP-DET-1", "HP-DET-3")
 def test_beside_others_answers_differ(tiny_model: Path) -> None:
     """Alone none of 64 differs; with three others at work in the same process one does, and the search ends there (nine
-    did on the machine that this was written on)."""
+    did on the machine that this was written on). The machine decides who shares a batch: it may look three times."""
 
     async def main() -> None:
         async with a_worker(LlamaCppEngine(), a_spec(tiny_model, slots=SLOTS["llamacpp"])) as worker:
@@ -59,7 +59,11 @@ def test_beside_others_answers_differ(tiny_model: Path) -> None:
             assert not await is_any_different(worker, alone)
             others = [asyncio.create_task(load(worker, slot)) for slot in range(1, SLOTS["llamacpp"])]
             try:
-                assert await is_any_different(worker, alone)
+                for _ in range(3):
+                    if await is_any_different(worker, alone):
+                        break
+                else:
+                    pytest.fail("nothing differs beside others: the tests of determinism would not see it either")
             finally:
                 for other in others:
                     other.cancel()

@@ -122,7 +122,8 @@ def test_a_canceled_reading_leaves_the_slot_free(engine: Engine, tmp_path: Path)
 def test_what_a_model_is_for_is_read_from_its_header(tiny_model: Path, tmp_path: Path) -> None:
     """llama.cpp serves it for that and for nothing else."""
     llamacpp = LlamaCppEngine()
-    assert llamacpp.offer(tiny_model) == Offer(("completion",), ("chat", "grammar", "json_schema", "kv_reuse", "min_p"))
+    features = ("chat", "grammar", "json_schema", "kv_reuse", "logprobs", "min_p")
+    assert llamacpp.offer(tiny_model) == Offer(("completion",), features)
     for pooling in (MEAN, CLS, LAST):
         path = an_encoder(tmp_path / f"{pooling}.gguf", pooling)
         assert llamacpp.refusal(path) is None

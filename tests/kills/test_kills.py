@@ -18,4 +18,4 @@ def test_what_was_answered_survives_kill_9_of_the_service(tmp_path: Path) -> Non
     assert counts["kills"] == len(KINDS)
     assert counts["artifacts put"] >= 10
     assert counts["models entered"] >= 5
-    assert counts["fetches taken up"] >= 1
+    assert counts["fetches begun"] >= 1
