@@ -38,6 +38,7 @@ async def a_service(configuration: Mapping[str, Any], home: Path) -> AsyncIterat
     config, log_path = _files(configuration, home)
     command = [sys.executable, "-P", "-m", "llama_orch.cli", "serve", "--port", "0", "--lifeline"]
     env = {**os.environ, "LLORCH_HOME": str(home), "LLORCH_API_TOKEN": TOKEN}
+    env.pop("PYTHONDONTWRITEBYTECODE", None)  # an installed package has its bytecode
     with log_path.open("wb") as log:
         process = await asyncio.create_subprocess_exec(
             *command, "--config", str(config), env=env, stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE,

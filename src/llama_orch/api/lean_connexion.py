@@ -14,7 +14,11 @@ from types import ModuleType
 from typing import Any
 
 # Module -> what is taken from it by name.
-_UNUSED = {"starlette.testclient": ("TestClient",), "requests": ()}
+_UNUSED = {
+    "starlette.testclient": ("TestClient",),
+    "requests": (),
+    "httpx._main": ("main",),  # its command line, and with it rich and pygments
+}
 
 
 class _Unused:
