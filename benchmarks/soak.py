@@ -1,6 +1,6 @@
 """A long mixed load, and then: has anything leaked?
 
-    python benchmarks/soak.py [--minutes 30] [--seed 1] [--clients 6] [--kill-every 20]
+    python benchmarks/soak.py [--minutes 30] [--seed 1] [--clients 6] [--kill-every 45]
 
 Both engines with real workers. Clients submit and read, cancel in the middle, set deadlines that cannot be met, leave
 streams and come back, converse in sessions, speak OpenAI's dialect, and leave that too; and a worker is killed with
@@ -198,6 +198,6 @@ if __name__ == "__main__":
     parser.add_argument("--minutes", type=float, default=30.0)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--clients", type=int, default=6)
-    parser.add_argument("--kill-every", type=float, default=20.0, help="seconds, on average")
+    parser.add_argument("--kill-every", type=float, default=45.0, help="seconds, on average")
     given = parser.parse_args()
     sys.exit(asyncio.run(main(given.minutes, given.seed, given.clients, given.kill_every)))
