@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from threading import Event, Thread
 
 import httpx
 import pytest
@@ -25,7 +26,7 @@ Command = Callable[..., list[str]]
 STORY = "Tell me a story about a brave fox."
 SYLLABLES = re.compile("ka|lo|mi|ren|su|té|vor|ya|zel|ño|日|ön")  # of the simulated engine
 ANSWER_TOKENS = 200  # less than the 256 of the pool: a terminal breaks words
-START_TOKENS = 1000  # take longer than these programs need to start
+LONG_TOKENS = 20_000  # some minutes
 LLM = Path(sys.executable).with_name("llm")
 
 
@@ -82,8 +83,23 @@ def llm(model: str, *more: str, tokens: int = 8) -> list[str]:
 
 @pytest.fixture
 def long_busy(ours: httpx.Client) -> Iterator[Callable[[], int]]:
-    with blocked(ours, START_TOKENS) as count:
-        yield count
+    """The slot of pool `full` is taken until somebody was refused: how long a program takes to begin is its own affair,
+    and it tries only so often. The result says how many were refused."""
+    with blocked(ours, LONG_TOKENS) as count:
+        blocker = ours.get("/v1/tasks").json()["items"][0]["task_id"]
+        is_over = Event()
+
+        def make_room() -> None:
+            until(lambda: is_over.is_set() or count() > 0)
+            ours.post(f"/v1/tasks/{blocker}/cancel")
+
+        watcher = Thread(target=make_room)
+        watcher.start()
+        try:
+            yield count
+        finally:
+            is_over.set()
+            watcher.join()
 
 
 @pytest.fixture
