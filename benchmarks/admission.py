@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import statistics
 import tempfile
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from lean import Connection, cpu_s
 from paced_server import paced_engine
 from relay import HEADERS, Server, stock
 from served import a_service, until_ready
+from verdict import against
 
 CLIENTS = 8
 BODY = json.dumps(
@@ -79,11 +79,7 @@ async def main(requests: int, rounds: int) -> None:
                     found["the service"].append(us)
                     found["bare Connexion"].append(bare_us)
     print(f"POST /v1/tasks, {rounds} rounds of {requests} requests by {CLIENTS} clients: CPU by request, µs")
-    print("| | minimum | median | maximum |\n| --- | --- | --- | --- |")
-    for name, values in found.items():
-        print(f"| {name} | {min(values):.0f} | {statistics.median(values):.0f} | {max(values):.0f} |")
-    ratio = statistics.median(found["the service"]) / statistics.median(found["bare Connexion"])
-    print(f"ratio of the medians: {ratio:.2f}")
+    print("\n".join(against(found, 0)))
 
 
 if __name__ == "__main__":

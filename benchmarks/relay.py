@@ -14,7 +14,6 @@ import argparse
 import asyncio
 import json
 import os
-import statistics
 import sys
 import tempfile
 from collections.abc import AsyncIterator
@@ -25,6 +24,7 @@ from pathlib import Path
 from lean import Connection, cpu_s
 from paced_server import paced_engine
 from served import TOKEN, a_service, until_ready
+from verdict import against
 
 HEADERS = {"Authorization": f"Bearer {TOKEN}"}
 TOKEN_EVENT = b"event: token"
@@ -106,11 +106,7 @@ async def main(streams: int, tokens_per_s: float, seconds: float, rounds: int) -
                 found["bare Connexion"].append(await us_per_token(other, streams, seconds, None))
                 await asyncio.sleep(2.5)  # the service's tasks end, and their slots are free
     print(f"{streams} streams at {tokens_per_s:g} tokens/s, {rounds} rounds of {seconds:g} s: CPU by token, µs")
-    print("| | minimum | median | maximum |\n| --- | --- | --- | --- |")
-    for name, values in found.items():
-        print(f"| {name} | {min(values):.1f} | {statistics.median(values):.1f} | {max(values):.1f} |")
-    ratio = statistics.median(found["the service"]) / statistics.median(found["bare Connexion"])
-    print(f"ratio of the medians: {ratio:.2f}")
+    print("\n".join(against(found, 1)))
 
 
 if __name__ == "__main__":

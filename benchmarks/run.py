@@ -72,6 +72,10 @@ SECTIONS = (
         targets=(Target("over bare Connexion", r"^ratio of the medians: (\S+)", 1.5),),
     ),
     Section(
+        "admission", "CPU by admitted task", ("--rounds", "1", "--requests", "100"),
+        targets=(Target("over bare Connexion", r"^ratio of the medians: (\S+)", 0.5),),
+    ),
+    Section(
         "queue_length", "Operations with a long queue", ("--long", "1000", "--rounds", "5"),
         targets=(Target("the dearest operation, long over short", RATIO, 1.5),),
     ),
@@ -90,6 +94,7 @@ SECTIONS = (
     ),
     Section("calibration", "Chances", ("--loads", "1", "--tasks", "20")),
     Section("memory", "Predicted memory", ("--only", "bge")),
+    Section("flames", "Where the time goes", ("--seconds", "2", "--out", ".tox/flames"), ("--out", ".tox/flames")),
 )  # fmt: skip
 
 
